@@ -1,0 +1,55 @@
+# `make demo` exports a small disk; `make test` runs the tests; `make check` is what CI runs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test test-slow check format docs soak clean
+
+help:
+	@echo "make demo       export a small demo disk to an embedded S3 store, verified"
+	@echo "make test       the tests (make test-slow: the long ones)"
+	@echo "make check      format, lint, types, tests: what CI runs"
+	@echo "make docs       write docs/stages.md from the catalog"
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable . --group dev
+	touch $(STAMP)
+
+env: $(STAMP)
+
+demo: env
+	@test -e demo/disk.raw || $(BIN)/python -m tests.disks.demo demo/disk.raw
+	$(BIN)/python -m tests.stores.demo --folder demo/store -- $(BIN)/pipeline run configs/demo.toml
+
+# What the tests need beyond Python: qemu-img, e2fsprogs and two real S3 servers.
+tools: env
+	$(BIN)/python -m tests.tools
+.PHONY: tools
+
+test: tools
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+
+test-slow: tools
+	$(BIN)/pytest -m slow --timeout 1800
+
+check: env
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pipeline stages --markdown | diff -u docs/stages.md - || (echo "docs/stages.md is stale: make docs" && exit 1)
+	$(MAKE) test
+
+format: env
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: env
+	$(BIN)/python -m pipeline stages --markdown > docs/stages.md
+
+clean:
+	rm -rf $(VENV) .cache demo

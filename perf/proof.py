@@ -1,0 +1,60 @@
+"""Proves that an image a contender wrote holds the disk: a time for a wrong image is no time."""
+
+from __future__ import annotations
+
+import subprocess
+
+from perf.case import Attempt, Ground, Store, StoredFile, StoredObject
+
+
+class ImageWrong(Exception):
+    """The image is damaged or differs from the disk."""
+
+
+def stored_bytes(attempt: Attempt, ground: Ground) -> int | None:
+    """Return what the image takes up: the blocks of a raw file (it has holes), the length of everything else."""
+    match attempt.image:
+        case None:
+            return None
+        case StoredFile(path=path, format="raw"):
+            return path.stat().st_blocks * 512
+        case StoredFile(path=path):
+            return path.stat().st_size
+        case StoredObject(key=key):
+            return _store(ground).size(key)
+
+
+def prove(attempt: Attempt, ground: Ground) -> str | None:
+    """Compare the image with the disk by tools that share no code with ours, and check its structure.
+
+    Returns what was proven, None where there is no image.
+
+    Raises:
+        ImageWrong: with what the tool said.
+    """
+    match attempt.image:
+        case None:
+            return None
+        case StoredFile(path=path, format=format):
+            pass
+        case StoredObject(key=key, format=format):
+            path = ground.folder / "fetched"
+            _store(ground).fetch(key, path)
+    proven = []
+    if format != "raw":
+        _ask("qemu-img", "check", "-q", "-f", format, str(path))
+        proven.append("check clean")
+    _ask("qemu-img", "compare", "-f", "raw", "-F", format, str(ground.disk), str(path))
+    return ", ".join([*proven, "identical"])
+
+
+def _store(ground: Ground) -> Store:
+    if ground.store is None:
+        raise ValueError("the image is an object, but this run has no store")
+    return ground.store
+
+
+def _ask(*command: str) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode != 0:
+        raise ImageWrong(f"{command[0]} {command[1]} exits {done.returncode}: {done.stdout.strip()[-500:]}")

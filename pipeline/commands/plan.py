@@ -1,0 +1,57 @@
+"""`pipeline plan`: open the source read-only and the target, say every number, send nothing."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline.commands.console import Console, run_async, takes_export_file, until_interrupted, verb
+
+if TYPE_CHECKING:
+    from pipeline.config.parse import ExportConfig
+    from pipeline.config.wiring import WiredChain
+
+
+@click.command("plan")
+@takes_export_file
+@verb
+def command(console: Console, file: Path, overrides: tuple[str, ...]) -> int:
+    """Say what `run` would do with FILE: sizes, parts, memory. Opens the source read-only and sends nothing."""
+    from pipeline.config.wiring import load_chain
+    from stages.catalog import CATALOG
+
+    config, chain = load_chain(file, CATALOG, overrides)
+    return run_async(partial(_plan, console, config, chain))
+
+
+async def _plan(console: Console, config: ExportConfig, chain: WiredChain) -> int:
+    work = partial(_show, console, config, chain)
+    return await until_interrupted(work, console, cleaned="nothing was sent")
+
+
+async def _show(console: Console, config: ExportConfig, chain: WiredChain) -> int:
+    from pipeline.config.planning import plan_run
+    from pipeline.events import EventStream
+
+    events = EventStream()
+    events.subscribe(console.open_log(config.observe))
+    async with plan_run(config, chain, events) as plan:
+        width = max(len(what) for what, _ in plan.summary)
+        for what, how_much in plan.summary:
+            console.say(f"{what:<{width}}  {how_much}")
+        console.say(f"Nothing was sent. The next step: pipeline run {config.file}")
+        console.tell(
+            "plan",
+            name=plan.name,
+            chain=chain.names,
+            order=chain.order.value,
+            disk_bytes=plan.info.size,
+            mapped_bytes=plan.info.mapped_bytes,
+            image_bytes_max=plan.layout.image_bytes_max,
+            target=plan.target_uri,
+            summary=dict(plan.summary),
+        )
+    return 0

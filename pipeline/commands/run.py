@@ -1,0 +1,81 @@
+"""`pipeline run`: the export."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline.commands.console import (
+    Console,
+    JsonEvents,
+    error_to_tell,
+    run_async,
+    takes_export_file,
+    until_interrupted,
+    verb,
+)
+from pipeline.errors import EXIT_FAILED, EXIT_OK, PipelineError
+
+if TYPE_CHECKING:
+    from pipeline.config.parse import ExportConfig
+    from pipeline.config.wiring import WiredChain
+    from pipeline.events import EventStream
+    from pipeline.flow.engine import Outcome
+
+
+@click.command("run")
+@takes_export_file
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@verb
+def command(console: Console, file: Path, overrides: tuple[str, ...], quiet: bool) -> int:
+    """Export a disk as FILE says: read, encode, store, verify.
+
+    Exits 0 when the image is stored and verified as asked, 1 when it failed and nothing is left behind (or nothing
+    could be compared), 2 when FILE or the plan is wrong, 3 when the stored image is not the disk, 4 when something may
+    be left behind, 130 when interrupted.
+    """
+    from pipeline.config.wiring import load_chain
+    from stages.catalog import CATALOG
+
+    config, chain = load_chain(file, CATALOG, overrides)
+    return run_async(partial(_run, console, config, chain, quiet))
+
+
+async def _run(console: Console, config: ExportConfig, chain: WiredChain, quiet: bool) -> int:
+    from pipeline.events import EventStream, RunFailed
+    from pipeline.observe.progress import make_display, summary_lines
+
+    events = EventStream()
+    events.subscribe(console.open_log(config.observe))
+    display = None
+    if console.as_json:
+        events.subscribe(JsonEvents(console))
+    elif not quiet:
+        display = make_display(sys.stderr)
+        events.subscribe(display)
+    try:
+        outcome = await until_interrupted(partial(_export, config, chain, events), console)
+    except Exception as error:
+        told = error_to_tell(error)
+        hint, code = (told.hint, told.exit_code) if isinstance(told, PipelineError) else ("", EXIT_FAILED)
+        events.emit(RunFailed(error=str(told), hint=hint, exit_code=code))
+        raise
+    finally:
+        if display is not None:
+            display.close()
+    for line in summary_lines(outcome):
+        console.say(line)
+    # It was asked to be verified, and could not be: a script must not take it for proven.
+    return EXIT_FAILED if outcome.state == "unproven" else EXIT_OK
+
+
+async def _export(config: ExportConfig, chain: WiredChain, events: EventStream) -> Outcome:
+    from pipeline.config.planning import plan_run
+    from pipeline.flow.engine import run_export
+
+    async with plan_run(config, chain, events) as plan:
+        return await run_export(plan, events)

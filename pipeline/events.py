@@ -1,0 +1,191 @@
+"""The one typed event stream of a run. Stages emit; progress, logs, metrics and reports subscribe.
+
+Units are in the field names. Per-block facts are counters, sampled four times a second as `ProgressSampled`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """The root of every event."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlanned(Event):
+    """The source is open, the sizes are known, no byte has moved."""
+
+    name: str
+    chain: tuple[str, ...]
+    disk_bytes: int
+    mapped_bytes: int  # what will be read, as far as the source's map tells
+    image_bytes_max: int
+    window_bytes: int
+    memory_bytes: int
+    target: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStarted(Event):
+    """Bytes begin to move."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgressSampled(Event):
+    """Counters at one moment. `acked_bytes` counts guest bytes that the store has acknowledged."""
+
+    elapsed_s: float
+    disk_bytes: int
+    read_bytes: int
+    skipped_bytes: int
+    acked_bytes: int
+    stored_bytes: int  # image bytes acknowledged
+    waits: dict[str, tuple[float, float, float, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadOpened(Event):
+    """Something exists in the store from here on."""
+
+    stage: str
+    uri: str
+    upload_id: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartStored(Event):
+    """The store acknowledged a part."""
+
+    stage: str
+    number: int
+    length_bytes: int
+    guest_bytes: int
+    attempts: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryScheduled(Event):
+    """A temporary failure; the same call is made again after `wait_s`."""
+
+    stage: str
+    operation: str
+    attempt: int
+    wait_s: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartReplayed(Event):
+    """A part that did not fit in memory is read and encoded again from its checkpoint."""
+
+    stage: str
+    number: int
+    from_bytes: int
+    to_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FallbackTaken(Event):
+    """The preferred way did not work; a slower or weaker one is used from here on."""
+
+    stage: str
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageSealed(Event):
+    """The object is complete and readable, not yet published."""
+
+    uri: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyProgressed(Event):
+    """How far a verification has come, in guest bytes."""
+
+    stage: str
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageVerified(Event):
+    """A verification gave its verdict."""
+
+    stage: str
+    state: str
+    coverage: float
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImagePublished(Event):
+    """The image is the result; its manifest is written."""
+
+    uri: str
+    manifest_uri: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadRemoved(Event):
+    """What was stored is gone again: aborted, or withdrawn after a failed verification."""
+
+    uri: str
+    how: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFailed(Event):
+    """The run ended with an error."""
+
+    error: str
+    hint: str
+    exit_code: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFinished(Event):
+    """The run ended well."""
+
+    name: str
+    uri: str
+    verified: str  # "identical", "unproven", or "" when nothing was asked for
+    disk_bytes: int
+    read_bytes: int
+    stored_bytes: int
+    elapsed_s: float
+    bottleneck: str
+    manifest_path: str
+
+
+def event_type(event: Event) -> str:
+    """The name of an event in logs and JSON: `retry_scheduled` for RetryScheduled."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(event).__name__).lower()
+
+
+Subscriber = Callable[[Event], None]
+
+
+class EventStream:
+    """Hands every event to every subscriber, in order, at once, on the event loop."""
+
+    def __init__(self) -> None:
+        self._subscribers: list[Subscriber] = []
+
+    def subscribe(self, subscriber: Subscriber) -> None:
+        """Call `subscriber` with every event from now on."""
+        self._subscribers.append(subscriber)
+
+    def emit(self, event: Event) -> None:
+        """Tell everybody. A subscriber that raises is the run's error."""
+        for subscriber in self._subscribers:
+            subscriber(event)

@@ -1,0 +1,1 @@
+"""The flow of a run: items, buffers, channels, stages, engine."""

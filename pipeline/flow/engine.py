@@ -1,0 +1,458 @@
+"""Run a plan: move every byte, seal, verify, publish or withdraw.
+
+One task group carries the transfer. Failure travels as cancellation only, and a stream ends only when its stage
+returned normally. Then the sealed image is verified, and the upload ends in exactly one of publish and withdraw.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import aiofiles
+import anyio
+
+from pipeline import __version__
+from pipeline.errors import LeftBehindError, PipelineError, StageError, VerificationError, first_error
+from pipeline.events import (
+    EventStream,
+    FallbackTaken,
+    ImagePublished,
+    ImageSealed,
+    ImageVerified,
+    ProgressSampled,
+    RunFinished,
+    RunPlanned,
+    RunStarted,
+)
+from pipeline.flow.buffers import Memory, Pool
+from pipeline.flow.channels import Channel
+from pipeline.flow.items import Block, Content, Receipt, Run, StoredImage, Verdict, Why
+from pipeline.flow.manifest import MANIFEST_SUFFIX, DiskRecord, ImageRecord, Manifest, pack_runs
+from pipeline.flow.mapping import SKIPPED_RANGES, MapRecorder
+from pipeline.flow.meter import StageMeter, find_bottleneck
+from pipeline.flow.segment import Segment
+from pipeline.flow.stage import Verifier
+
+if TYPE_CHECKING:
+    from pipeline.config.planning import RunPlan
+
+SAMPLE_EVERY_S = 0.25
+# Withdrawing talks to the store; a store that does not answer must not hold a failed run longer than this.
+WITHDRAW_DEADLINE_S = 60.0
+# Items travel by reference: two are enough to keep both sides busy, more would only delay cancellation.
+_DEPTH = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a run ended well.
+
+    Attributes:
+        state: "identical" and "unproven" are the weakest verdict; "stored" when nothing was asked to verify.
+        leaked_bytes: memory that a stage did not give back; always 0, looked at by tests.
+    """
+
+    uri: str
+    state: Literal["identical", "unproven", "stored"]
+    verdicts: tuple[Verdict, ...]
+    disk_size: int
+    image_size: int
+    read_bytes: int
+    stored_bytes: int
+    elapsed_s: float
+    bottleneck: str
+    manifest_uri: str
+    manifest_path: Path | None
+    manifest: Manifest
+    leaked_bytes: int = 0
+
+
+async def run_export(plan: RunPlan, events: EventStream) -> Outcome:
+    """Export the disk as planned.
+
+    Raises:
+        SourceError, StoreError, StageError: it failed; what was stored is gone again.
+        VerificationError: the stored image is not the disk; it was withdrawn.
+        LeftBehindError: it failed, and something may be left in the store.
+    Cancellation: the upload is aborted or withdrawn first, shielded and with a deadline.
+    """
+    context = plan.context
+    emit = events.emit
+    emit(
+        RunPlanned(
+            name=plan.name,
+            chain=plan.chain.names,
+            disk_bytes=plan.info.size,
+            mapped_bytes=plan.info.mapped_bytes,
+            image_bytes_max=plan.layout.image_bytes_max,
+            window_bytes=context.window,
+            memory_bytes=plan.memory_plan.total,
+            target=plan.target_uri,
+        )
+    )
+    emit(RunStarted(name=plan.name))
+    begun = time.monotonic()
+    recorder = MapRecorder()
+    memory = Memory(context.ledger, Pool(context.window, plan.memory_plan.buffers), plan.layout.made_max)
+    try:
+        try:
+            async with _sampling(plan, recorder, begun):
+                stored = await _transfer(plan, recorder, memory)
+        finally:
+            memory.pool.close()
+        transfer_s = time.monotonic() - begun
+        emit(ImageSealed(uri=stored.uri, size_bytes=stored.size))
+        context.facts.put(SKIPPED_RANGES, recorder.skipped())
+        verdicts, receipt = await _verify(plan, stored)
+        bottleneck = find_bottleneck(plan.meters, transfer_s)
+        manifest = _manifest(plan, stored, recorder, verdicts, receipt, bottleneck.sentence, time.monotonic() - begun)
+        manifest_uri = await plan.writer.publish(manifest.to_json())
+    except BaseException as error:
+        await _withdraw(plan, error)
+        raise
+    manifest_path = await _keep_local_copy(plan, stored, manifest)
+    emit(ImagePublished(uri=stored.uri, manifest_uri=manifest_uri))
+    outcome = Outcome(
+        uri=stored.uri,
+        state=manifest.state,  # type: ignore[arg-type]  # a Literal in Outcome, a text in JSON
+        verdicts=verdicts,
+        disk_size=plan.info.size,
+        image_size=stored.size,
+        read_bytes=recorder.read_bytes,
+        stored_bytes=context.progress.stored_bytes,
+        elapsed_s=time.monotonic() - begun,
+        bottleneck=bottleneck.sentence,
+        manifest_uri=manifest_uri,
+        manifest_path=manifest_path,
+        manifest=manifest,
+        leaked_bytes=memory.leaked,
+    )
+    emit(
+        RunFinished(
+            name=plan.name,
+            uri=outcome.uri,
+            verified="" if outcome.state == "stored" else outcome.state,
+            disk_bytes=outcome.disk_size,
+            read_bytes=outcome.read_bytes,
+            stored_bytes=outcome.stored_bytes,
+            elapsed_s=outcome.elapsed_s,
+            bottleneck=outcome.bottleneck,
+            manifest_path=str(manifest_path or ""),
+        )
+    )
+    return outcome
+
+
+# -- transfer ---------------------------------------------------------------------------------------------------------
+
+
+async def _transfer(plan: RunPlan, recorder: MapRecorder, memory: Memory) -> StoredImage:
+    """Move every byte through the chain and seal; checks what every edge carried."""
+    segments = _segments(plan, recorder, memory)
+    writer_meter = plan.meters[len(plan.functions) + 2]
+    done_meter = StageMeter("engine")
+    channels: list[Channel[Any]] = [
+        Channel(depth=_DEPTH, sender=segment_meters[-1], receiver=next_meter)
+        for (_, segment_meters), next_meter in zip(
+            segments, [*(meters[0] for _, meters in segments[1:]), writer_meter], strict=True
+        )
+    ]
+    result: Channel[StoredImage] = Channel(depth=1, sender=writer_meter, receiver=done_meter)
+    stored: list[StoredImage] = []
+
+    async def collect() -> None:
+        stored.extend([image async for image in result])
+
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(collect)
+            inlet: Channel[Any] | None = None
+            for (segment, _), outlet in zip(segments, channels, strict=True):
+                tasks.start_soon(_stage, segment.run, inlet, outlet)
+                inlet = outlet
+            tasks.start_soon(_stage, plan.writer.run, inlet, result)
+    except BaseExceptionGroup as group:
+        raise _worth_telling(group) from group
+    finally:
+        for channel in (*channels, result):
+            channel.discard()
+    _check_conservation(plan, channels)
+    if len(stored) != 1:
+        raise StageError(f"the writer sealed {len(stored)} images instead of one", stage=plan.chain.writer.spec.name)
+    return stored[0]
+
+
+async def _stage(run: Callable[[Any, Any], Awaitable[None]], inlet: Any, outlet: Channel[Any]) -> None:
+    """Run one stage; its outlet ends only when it returned normally."""
+    await run(inlet, outlet)
+    outlet.end()
+
+
+def _segments(plan: RunPlan, recorder: MapRecorder, memory: Memory) -> list[tuple[Segment, list[StageMeter]]]:
+    """The stages before the writer: one segment when fused, else one per stage."""
+    meters = plan.meters[: len(plan.functions) + 2]
+    shared: dict[str, Any] = {
+        "memory": memory,
+        "disk_size": plan.info.size,
+        "window": plan.context.window,
+        "threads": plan.context.threads,
+        "workers": plan.memory_plan.workers,
+    }
+    if plan.fuse:
+        whole = Segment(
+            source=plan.source,
+            functions=plan.functions,
+            encoder=plan.encoder,
+            meters=meters,
+            observed=recorder.observe,
+            checkpoints=plan.checkpoints,
+            **shared,
+        )
+        return [(whole, meters)]
+    segments = [(Segment(source=plan.source, functions=[], encoder=None, meters=meters[:1], **shared), meters[:1])]
+    for function, meter in zip(plan.functions, meters[1:-1], strict=True):
+        segments.append((Segment(source=None, functions=[function], encoder=None, meters=[meter], **shared), [meter]))
+    last = Segment(
+        source=None,
+        functions=[],
+        encoder=plan.encoder,
+        meters=meters[-1:],
+        observed=recorder.observe,
+        checkpoints=plan.checkpoints,
+        **shared,
+    )
+    return [*segments, (last, meters[-1:])]
+
+
+def _check_conservation(plan: RunPlan, channels: list[Channel[Any]]) -> None:
+    """Guest bytes are conserved on every edge, and all of them are in the store."""
+    size = plan.info.size
+    for number, channel in enumerate(channels):
+        if channel.guest_bytes != size:
+            raise StageError(f"edge {number} carried {channel.guest_bytes} of {size} guest bytes")
+    if plan.context.progress.acked_bytes != size:
+        raise StageError(f"the store acknowledged {plan.context.progress.acked_bytes} of {size} guest bytes")
+
+
+def _worth_telling(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one error of a failed transfer; a cancellation from outside stays one."""
+    return first_error(group)
+
+
+@dataclass
+class _sampling:
+    """While inside, emit the counters four times a second, and once more at the end."""
+
+    plan: RunPlan
+    recorder: MapRecorder
+    begun: float
+
+    async def __aenter__(self) -> None:
+        self._tasks = anyio.create_task_group()
+        await self._tasks.__aenter__()
+        self._tasks.start_soon(self._sample)
+
+    async def __aexit__(self, kind: Any, error: Any, trace: Any) -> bool | None:
+        self._tasks.cancel_scope.cancel()
+        self._emit()
+        try:
+            return await self._tasks.__aexit__(kind, error, trace)
+        except BaseExceptionGroup as group:
+            raise first_error(group) from group
+
+    async def _sample(self) -> None:
+        while True:
+            await anyio.sleep(SAMPLE_EVERY_S)
+            self._emit()
+
+    def _emit(self) -> None:
+        progress = self.plan.context.progress
+        progress.read_bytes = self.recorder.read_bytes
+        progress.skipped_bytes = sum(self.recorder.totals.values()) - progress.read_bytes
+        self.plan.context.emit(
+            ProgressSampled(
+                elapsed_s=time.monotonic() - self.begun,
+                disk_bytes=progress.disk_bytes,
+                read_bytes=progress.read_bytes,
+                skipped_bytes=progress.skipped_bytes,
+                acked_bytes=progress.acked_bytes,
+                stored_bytes=progress.stored_bytes,
+                waits={meter.name: _times(meter) for meter in self.plan.meters},
+            )
+        )
+
+
+def _times(meter: StageMeter) -> tuple[float, float, float, float]:
+    return (meter.working_s, meter.waiting_in_s, meter.waiting_out_s, meter.waiting_buffer_s)
+
+
+# -- verify, publish, withdraw ----------------------------------------------------------------------------------------
+
+
+async def _verify(plan: RunPlan, stored: StoredImage) -> tuple[tuple[Verdict, ...], Receipt | None]:
+    """Every verification that the chain names, and the store's receipt for the manifest.
+
+    Raises:
+        VerificationError: one of them says "differs".
+    """
+    verdicts = []
+    for stage in plan.chain.verifiers:
+        context = replace(plan.context, name=stage.spec.name, reload=_reloader(plan))
+        verifier: Verifier = stage.spec.build(stage.options, context)
+        verdict = await verifier.verify(stored)
+        plan.context.emit(
+            ImageVerified(stage=stage.spec.name, state=verdict.state, coverage=verdict.coverage, detail=verdict.detail)
+        )
+        if verdict.state == "differs":
+            raise VerificationError(
+                f"the stored image is not the disk: {verdict.detail or 'bytes differ'}",
+                operation=stage.spec.name,
+                hint="It was not published. Run the export again; if it differs again, test memory, cable and target.",
+                uri=stored.uri,
+                ranges=", ".join(f"{found.start}-{found.stop - 1}" for found in verdict.differing[:4]) or None,
+            )
+        verdicts.append(verdict)
+    receipt = None
+    if stored.fetch_receipt is not None:
+        async with stored.fetch_receipt() as receipt:
+            pass
+    return tuple(verdicts), receipt
+
+
+def _reloader(plan: RunPlan) -> Callable[[int, int], AsyncIterator[Block]]:
+    """Read guest ranges from the source once more, also those that the map skips; the receiver owns the blocks."""
+
+    async def reload(offset: int, length: int) -> AsyncIterator[Block]:
+        window = plan.context.window
+        pool = Pool(window, 1)
+        try:
+            for start in range(offset - offset % window, offset + length, window):
+                size = min(window, plan.info.size - start)
+                lease = await pool.lease()
+                wanted = Block(start, size, None, (Run(start, size, Content.DATA, Why.READ),))
+                await anyio.to_thread.run_sync(plan.source.load, wanted, lease.buffer, limiter=plan.context.threads)
+                yield replace(wanted, data=lease.into_slice(size))
+        finally:
+            pool.close()
+
+    return reload
+
+
+async def _withdraw(plan: RunPlan, error: BaseException) -> None:
+    """Remove what was sealed, whatever happens meanwhile."""
+    if isinstance(error, LeftBehindError):
+        return  # the writer's own clean-up failed already, and says so
+    with anyio.CancelScope(shield=True):
+        try:
+            with anyio.fail_after(WITHDRAW_DEADLINE_S):
+                await plan.writer.withdraw()
+        except LeftBehindError as left:
+            raise LeftBehindError(left.message, cause=error, commands=left.commands) from error
+        except (PipelineError, TimeoutError) as failure:
+            raise LeftBehindError(
+                f"the image could not be removed: {failure}", cause=error, commands=(f"remove {plan.target_uri}",)
+            ) from error
+
+
+async def _keep_local_copy(plan: RunPlan, stored: StoredImage, manifest: Manifest) -> Path | None:
+    """Write the manifest beside the TOML or where [export] says. The image is published: failing undoes nothing."""
+    export = plan.config.export
+    name = stored.uri.rstrip("/").rpartition("/")[2]
+    path = export.manifest or plan.config.file.parent / (name + MANIFEST_SUFFIX)
+    try:
+        async with aiofiles.open(path, "wb") as file:
+            await file.write(manifest.to_json())
+    except OSError as error:
+        plan.context.emit(
+            FallbackTaken(stage="engine", what=f"no local copy of the manifest at {path}", reason=error.strerror or "")
+        )
+        return None
+    return path
+
+
+def _manifest(
+    plan: RunPlan,
+    stored: StoredImage,
+    recorder: MapRecorder,
+    verdicts: tuple[Verdict, ...],
+    receipt: Receipt | None,
+    bottleneck: str,
+    elapsed_s: float,
+) -> Manifest:
+    state = "stored"
+    if verdicts:
+        state = "identical" if any(verdict.state == "identical" for verdict in verdicts) else "unproven"
+    facts = {}
+    for stage in (plan.chain.source, *plan.chain.functions, plan.chain.encoder):
+        for fact in stage.spec.provides:
+            value: Any = plan.context.facts.find(fact)
+            if hasattr(value, "to_json"):
+                facts[fact.name] = value.to_json()
+    return Manifest(
+        name=plan.name,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        disk=DiskRecord(
+            size=plan.info.size,
+            identity=plan.info.identity,
+            totals={why.value: length for why, length in recorder.totals.items() if length},
+            runs=pack_runs(list(recorder.runs())),
+            runs_exact=recorder.is_exact,
+        ),
+        image=ImageRecord(
+            uri=stored.uri,
+            format=plan.layout.format,
+            size=stored.size,
+            virtual_size=plan.layout.virtual_size,
+            window=plan.context.window,
+            order=plan.context.order.value,
+            head_length=plan.layout.head_length,
+        ),
+        state=state,
+        facts=facts,
+        options={stage.spec.name: _shown(stage.options) for stage in plan.chain.stages},
+        receipt=receipt.proofs if receipt else (),
+        verdicts=tuple(_shown(verdict) for verdict in verdicts),
+        versions={"disk-pipeline": __version__, "python": platform.python_version(), **_library_versions()},
+        timings={
+            meter.name: dict(zip(("working", "in", "out", "buffer"), _times(meter), strict=True))
+            for meter in plan.meters
+        },
+        bottleneck=bottleneck,
+        elapsed_s=elapsed_s,
+    )
+
+
+def _shown(value: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON values; secrets and paths as text."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, (list, tuple)):
+            return [plain(one) for one in item]
+        if isinstance(item, dict):
+            return {str(key): plain(one) for key, one in item.items()}
+        if isinstance(item, range):
+            return [item.start, item.stop]
+        if item is None or isinstance(item, (bool, int, float, str)):
+            return item
+        return str(item)
+
+    return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+
+
+def _library_versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("isal", "zlib-ng", "zstandard", "xxhash", "blake3", "lz4"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,192 @@
+"""What travels through a chain: blocks of the guest disk, pieces of the image, and its verdict.
+
+Two address spaces: *guest* (the disk as the guest sees it) and *image* (the file being written). A Block lives in
+the first, a Piece in the second; an encoder turns one into the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal, Protocol
+
+from pipeline.flow.buffers import Slice
+
+
+class Content(Enum):
+    """All that an encoder looks at."""
+
+    DATA = "data"
+    ZERO = "zero"
+
+
+class Why(Enum):
+    """Why a range is what it is. For reports and target rules; no encoder looks at it."""
+
+    READ = "read"
+    HOLE = "hole"  # the source has no storage there
+    SCANNED = "scanned"  # read, and every byte was zero
+    FREE = "free"  # the filesystem does not use it
+    SWAP = "swap"
+    PAD = "pad"  # rounding up to what the target needs
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A stretch of guest bytes of one kind. `offset` and `length` are guest bytes."""
+
+    offset: int
+    length: int
+    content: Content
+    why: Why
+
+    @property
+    def end(self) -> int:
+        """Guest offset of the first byte behind the run."""
+        return self.offset + self.length
+
+    @property
+    def is_data(self) -> bool:
+        """Whether an encoder has to store these bytes."""
+        return self.content is Content.DATA
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One aligned window of guest bytes with its runs, or one long skip without data.
+
+    Blocks tile the disk: ascending, no gap, no overlap. Runs tile the block. Where `data` is None the whole block
+    reads as zero and may be of any length (a multiple of the window, or up to the end of the disk); else
+    `data.view` holds exactly `length` bytes with its zero runs really zeroed.
+    Whoever receives a block owns its slice.
+    """
+
+    offset: int
+    length: int
+    data: Slice | None
+    runs: tuple[Run, ...]
+
+    @property
+    def end(self) -> int:
+        """Guest offset of the first byte behind the block."""
+        return self.offset + self.length
+
+    @property
+    def guest_bytes(self) -> int:
+        """How much of the disk the block accounts for."""
+        return self.length
+
+    def release(self) -> None:
+        """Give the slice back, if there is one."""
+        if self.data is not None:
+            self.data.release()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes at an offset of the image file.
+
+    Attributes:
+        offset: image bytes.
+        length: image bytes.
+        data: `length` bytes; None: these image bytes are zero, and the writer sends zeros, clears, or skips as
+            its target needs. `bytes` only for small metadata that no ledger counts.
+        guest_bytes: how much of the disk the piece accounts for; the sum over an image is exactly the disk's size.
+    """
+
+    offset: int
+    length: int
+    data: Slice | bytes | None
+    guest_bytes: int
+
+    @property
+    def end(self) -> int:
+        """Image offset of the first byte behind the piece."""
+        return self.offset + self.length
+
+    @property
+    def view(self) -> memoryview | None:
+        """The bytes, borrowed from the piece; None where they are zero."""
+        if isinstance(self.data, Slice):
+            return self.data.view
+        return None if self.data is None else memoryview(self.data)
+
+    def release(self) -> None:
+        """Give the slice back, if there is one."""
+        if isinstance(self.data, Slice):
+            self.data.release()
+
+
+class RangeReader(Protocol):
+    """Random reads of a stored object or file. Safe to call concurrently from many tasks."""
+
+    @property
+    def size(self) -> int:
+        """Length of the object in bytes."""
+        ...
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes at image offset `offset`.
+
+        Raises:
+            StoreError: the store failed; `temporary` where the same call may succeed later.
+            FormatError: the range reaches beyond the end (a truncated image); never zero-filled.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What the store itself says about the sealed image, and what we know that it should say.
+
+    Attributes:
+        size: bytes the store reports.
+        proofs: (what was compared, ours, theirs) for every value that both sides have; a proof covers all bytes.
+        note: why there is no proof, where there is none.
+    """
+
+    size: int
+    proofs: tuple[tuple[str, str, str], ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """A sealed image: complete and readable, not yet published."""
+
+    uri: str
+    size: int
+    open_reader: Callable[[], AbstractAsyncContextManager[RangeReader]]
+    fetch_receipt: Callable[[], AbstractAsyncContextManager[Receipt]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a verification found.
+
+    Attributes:
+        level: which verification said it ("receipt", "sample", "readback").
+        state: "identical" claims only what `coverage` says; "unproven" where nothing could be compared.
+        coverage: share of the guest disk (0.0 to 1.0) that was compared.
+        differing: guest ranges that differ, the first few.
+        detail: one sentence for people.
+    """
+
+    level: str
+    state: Literal["identical", "differs", "unproven"]
+    coverage: float
+    differing: tuple[range, ...] = ()
+    detail: str = ""
+    evidence: dict[str, str] = field(default_factory=dict)
+
+
+def tiles(runs: tuple[Run, ...], offset: int, length: int) -> bool:
+    """Whether the runs cover [offset, offset + length) ascending, without gap or overlap."""
+    position = offset
+    for run in runs:
+        if run.offset != position or run.length <= 0:
+            return False
+        position = run.end
+    return position == offset + length

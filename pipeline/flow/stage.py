@@ -1,0 +1,428 @@
+"""What a stage is, the shapes it can have, and how it declares itself.
+
+    Source         knows a map of the disk and loads any range of it again and again
+    FunctionStage  a pure, threaded function of one block, whose notes are observed in order
+    Encoder        prepare (threaded) / place (ordered) / finish / checkpoint / restore
+    Stage          one task with an inlet and an outlet: compressors, writers
+    Verifier       looks at a sealed image and gives a verdict
+
+The SPEC of a stage is the only place where its name, help and ports are written.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import anyio
+
+from pipeline.config.options import option as option  # re-exported: a stage module needs one import for its options
+from pipeline.events import Event
+from pipeline.flow.buffers import Charge, Ledger
+from pipeline.flow.channels import Inlet, Outlet
+from pipeline.flow.facts import Fact, Facts
+from pipeline.flow.items import Block, Piece, StoredImage, Verdict
+from pipeline.flow.meter import StageMeter
+from pipeline.flow.orders import Order, Traits
+
+In_contra = TypeVar("In_contra", contravariant=True)
+Out_co = TypeVar("Out_co", covariant=True)
+Note = TypeVar("Note")
+P = TypeVar("P")
+
+DISK_SIZE: Fact[int] = Fact("disk size", int)
+
+
+class Clock(Protocol):
+    """Time, injected so that tests need not wait."""
+
+    def now(self) -> float:
+        """Monotonic seconds."""
+        ...
+
+    async def sleep(self, seconds: float) -> None: ...
+
+
+class RealClock:
+    """The clock of the machine."""
+
+    def now(self) -> float:
+        """Monotonic seconds."""
+        return time.monotonic()
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait, cancellably."""
+        await anyio.sleep(seconds)
+
+
+@dataclass(slots=True)
+class Progress:
+    """The counters of a run. Written on the event loop only.
+
+    Attributes:
+        acked_bytes: guest bytes that the store acknowledged; what progress is measured by.
+        stored_bytes: image bytes that the store acknowledged.
+    """
+
+    disk_bytes: int = 0
+    read_bytes: int = 0
+    skipped_bytes: int = 0
+    acked_bytes: int = 0
+    stored_bytes: int = 0
+
+    def acknowledge(self, *, guest_bytes: int, image_bytes: int) -> None:
+        """The store has these bytes for good."""
+        self.acked_bytes += guest_bytes
+        self.stored_bytes += image_bytes
+
+
+class Replay(Protocol):
+    """Makes image bytes again from the source, from the checkpoint before them."""
+
+    def pieces(self, start: int, end: int) -> AsyncIterator[Piece]:
+        """The image bytes [start, end) once more, in order, exactly; the receiver owns each piece.
+
+        `start` is at or behind a boundary that the sink asked for and has not given up. Uses memory of its own, so it
+        makes progress while the chain stands still.
+
+        Raises:
+            SourceError: the disk gave other bytes than the first time.
+        """
+        ...
+
+    def forget(self, below: int) -> None:
+        """No byte below this image offset will be asked for again."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """What an encoder knows of the image before the first byte.
+
+    Attributes:
+        format: the name a reader of it goes by ("qcow2", "raw").
+        virtual_size: the disk a guest will see, in bytes; at least the exported size.
+        head_length: image bytes [0, head_length) come last in HEAD_LAST order; 0 where nothing is patched.
+        image_bytes_max: no image of this disk is longer.
+        image_bytes: the exact length, where it is known up front.
+        made_max: bytes that preparing one full window can make, charged to the ledger before; 0 where the encoder
+            passes the window's own slice on.
+        grain: zero runs are useful to the encoder from this length and alignment on, in guest bytes.
+    """
+
+    format: str
+    virtual_size: int
+    head_length: int
+    image_bytes_max: int
+    image_bytes: int | None = None
+    made_max: int = 0
+    grain: int = 65536
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayoutRequest:
+    """What the planning knows when it asks an encoder for its layout. Bytes.
+
+    Attributes:
+        head_minimum: a HEAD_LAST sink wants the head at least this long (the smallest part of a store); the bytes that
+            the format does not need there are zero.
+    """
+
+    disk_size: int
+    window: int
+    order: Order
+    head_minimum: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SinkPlan:
+    """How a writer is going to store an image of a given layout.
+
+    Attributes:
+        boundaries: image offsets, ascending, from which bytes may have to be made again (`StageContext.replay`).
+        held_bytes: ledger and pool bytes that the writer may hold at once while it still makes progress.
+        own_bytes: what the writer allocates by itself beside pieces (staging buffers); comes out of the run's memory.
+        summary: what `pipeline plan` prints, (what, how much).
+    """
+
+    boundaries: tuple[int, ...] = ()
+    held_bytes: int = 0
+    own_bytes: int = 0
+    summary: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SinkRequest:
+    """What the planning asks a writer.
+
+    Attributes:
+        layout: of the image at its longest.
+        memory: bytes that blocks and pieces may hold beyond what the stages before the writer need to work.
+        source_path: the local path of the disk that is read, where it has one: never a target.
+    """
+
+    layout: Layout
+    order: Order
+    memory: int
+    source_path: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageContext:
+    """What a stage gets from the engine. Owned by the engine; valid for the run.
+
+    Attributes:
+        name: the stage's TOML name, for events and errors.
+        threads: the limiter to pass to `anyio.to_thread.run_sync`; threaded work is at least 1 MiB a call.
+        workers: how many threads one stage may keep busy.
+        order: how pieces travel in this chain.
+        reload: guest bytes [offset, offset + length) from the source once more; for verification.
+    """
+
+    name: str
+    emit: Callable[[Event], None]
+    facts: Facts
+    progress: Progress
+    meter: StageMeter
+    ledger: Ledger
+    threads: anyio.CapacityLimiter
+    workers: int
+    clock: Clock = field(default_factory=RealClock)
+    export_name: str = ""
+    disk_size: int = 0
+    window: int = 0
+    order: Order = Order.SEQUENTIAL
+    layout: Layout | None = None
+    sink_plan: SinkPlan | None = None
+    replay: Replay | None = None
+    reload: Callable[[int, int], AsyncIterator[Block]] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceInfo:
+    """What a source is, once it is open.
+
+    Attributes:
+        size: guest bytes.
+        mapped_bytes: how many of them the map calls data.
+        path: local path of the disk, where it has one.
+        block_size: the window that the user asked for, if any.
+        identity: what tells this disk from another (serial, inode, mtime ...), for manifest and resume.
+    """
+
+    size: int
+    mapped_bytes: int
+    sector_size: int = 512
+    path: str | None = None
+    block_size: int | None = None
+    identity: dict[str, str] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """A map of the disk, and `load(range)`. Opened read-only, never written."""
+
+    async def open(self) -> SourceInfo:
+        """Open it and look at its size and kind. Raises SourceError or PlanError."""
+        ...
+
+    def windows(self, window: int, start: int = 0) -> AsyncIterator[Block]:
+        """The disk from `start` (a window boundary) as blocks without data: whole aligned windows, and long skips."""
+        ...
+
+    def load(self, block: Block, buffer: memoryview) -> None:
+        """Fill `buffer[:block.length]` with the block's bytes; its zero runs are zeroed, not read.
+
+        Threads: any, several at once. Calling it again for the same block is the retry.
+        Raises:
+            SourceError: with operation, path and guest offset, also for a short read.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Close it; idempotent."""
+        ...
+
+
+class FunctionStage(Protocol[Note]):
+    """A pure function of one block, and an ordered look at what it noted."""
+
+    def apply(self, block: Block) -> tuple[Block, Note]:
+        """Look at or re-describe one block. Threads: any; keeps no state. Skips (no data) come too."""
+        ...
+
+    def observe(self, note: Note) -> None:
+        """Fold the note of the next block, in guest order, on the event loop."""
+        ...
+
+    def confirm(self, note: Note, offset: int) -> None:
+        """Compare the note of a block at guest `offset` that was loaded again. Raises SourceError when it changed."""
+        ...
+
+    def finish(self) -> None:
+        """Every block was observed: leave facts."""
+        ...
+
+
+class Encoder(Protocol[P]):
+    """Turns blocks into pieces. Keeps no state outside its checkpoint."""
+
+    @property
+    def position(self) -> int:
+        """Image offset behind the last byte placed."""
+        ...
+
+    def prepare(self, block: Block, charge: Charge | None) -> P:
+        """Everything about a block that needs no position: compress its clusters.
+
+        Takes over the block's slice and `charge` (`Layout.made_max` bytes; None for skips or when that is 0).
+        Threads: any, several at once; keeps no state.
+        """
+        ...
+
+    def place(self, prepared: P) -> Iterable[Piece]:
+        """Assign image offsets, in guest order, on the event loop; cheap. The caller owns the pieces."""
+        ...
+
+    def finish(self) -> Iterable[Piece]:
+        """What follows the last block: tables, and the head (offset 0) last."""
+        ...
+
+    def checkpoint(self) -> bytes:
+        """All of the state at a block boundary, small."""
+        ...
+
+    def restore(self, state: bytes) -> None:
+        """Go back to a checkpoint, in this process or another, with the same options and layout."""
+        ...
+
+
+class Stage(Protocol[In_contra, Out_co]):
+    """One task with an inlet and an outlet.
+
+    Cancellation: failure travels as cancellation only; a stage never ends its outlet itself.
+    """
+
+    async def run(self, inlet: Inlet[In_contra], outlet: Outlet[Out_co]) -> None:
+        """Take every item of the inlet, then return."""
+        ...
+
+
+class Writer(Protocol):
+    """A stage that stores pieces as one object, and ends it in one of four ways.
+
+    `run` takes every piece, seals and sends one StoredImage. If it fails or is cancelled it aborts the upload itself,
+    and raises LeftBehindError where that did not work. After a normal return the engine calls `publish`, or `withdraw`
+    when anything failed since. It also calls `withdraw` after a failed `run`: then there is nothing to do, unless the
+    failure struck between sealing and returning.
+    """
+
+    async def plan(self, request: SinkRequest) -> SinkPlan:
+        """Check the target (reachable, allowed, absent) and say how the image will be stored. Sends no image byte.
+
+        Raises:
+            PlanError: the target exists, can't hold the image, or refuses the credentials.
+            StoreError: it can't be reached.
+        """
+        ...
+
+    async def run(self, inlet: Inlet[Piece], outlet: Outlet[StoredImage]) -> None: ...
+
+    async def publish(self, manifest: bytes) -> str:
+        """Make the sealed image the result and write its manifest last; returns the manifest's URI."""
+        ...
+
+    async def withdraw(self) -> None:
+        """Remove the image if it was sealed; else do nothing. Raises LeftBehindError when it could not."""
+        ...
+
+    async def close(self) -> None:
+        """Let connections go; idempotent, also without `run`."""
+        ...
+
+
+class Verifier(Protocol):
+    """Looks at a sealed image."""
+
+    async def verify(self, image: StoredImage) -> Verdict:
+        """Compare it with what was read. Raises FormatError for an image that can't be decoded at all."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """One side of a stage: which items, and for pieces in which orders, the best first."""
+
+    item: str
+    orders: tuple[Order, ...] = ()
+
+
+NOTHING = Port("nothing")
+BLOCKS = Port("blocks")
+PIECES_IN_SEQUENCE = Port("pieces", (Order.SEQUENTIAL,))
+STORED_IMAGE = Port("a stored image")
+VERDICT = Port("a verdict")
+
+
+def pieces(*orders: Order) -> Port:
+    """A port that gives, or takes, pieces in these orders."""
+    return Port("pieces", orders)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageSpec:
+    """The declaration of a stage.
+
+    Attributes:
+        name: TOML name; equals the module path below `stages/`.
+        summary: one sentence for `pipeline stages`.
+        options: a frozen dataclass whose fields are `option(...)`s.
+        build: makes the stage: `build(options, context)`. Its type is checked against the ports by the shape
+            protocols above.
+        provides, needs: facts that the stage leaves, or reads.
+        layout: for encoders: `layout(options, request)`, pure; raises PlanError.
+        sink: for writers: what the target can do.
+        checkpointed: for encoders and compressors: False where the state can't be saved (OVA), with the reason in
+            `summary`.
+        image: whether the option values shape the image's bytes (then they go into the manifest as such).
+        open_reader: for writers: opens a stored object by URL for reading, where `schemes` names the URL schemes.
+    """
+
+    name: str
+    summary: str
+    options: type[Any]
+    takes: Port
+    gives: Port
+    build: Callable[[Any, StageContext], Any]
+    provides: tuple[Fact[Any], ...] = ()
+    needs: tuple[Fact[Any], ...] = ()
+    layout: Callable[[Any, LayoutRequest], Layout] | None = None
+    sink: Traits | None = None
+    checkpointed: bool = True
+    schemes: tuple[str, ...] = ()
+    open_reader: Callable[..., Any] | None = None
+
+    @property
+    def role(self) -> str:
+        """The first half of the name: read, checksum, sparse, encode, compress, write, verify."""
+        return self.name.partition(".")[0]
+
+
+class Catalog:
+    """The SPECs by name, in catalog order."""
+
+    def __init__(self, specs: Iterable[StageSpec]) -> None:
+        self._specs = {spec.name: spec for spec in specs}
+
+    def __iter__(self) -> Iterator[StageSpec]:
+        return iter(self._specs.values())
+
+    def find(self, name: str) -> StageSpec | None:
+        """The SPEC of this TOML name, or None."""
+        return self._specs.get(name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every TOML name."""
+        return tuple(self._specs)

@@ -1,0 +1,1 @@
+"""What can stand in a chain; the TOML name is the path below here."""

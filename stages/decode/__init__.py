@@ -1,0 +1,1 @@
+"""Readers of image formats; they share no code with the encoders."""

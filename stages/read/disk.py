@@ -1,0 +1,326 @@
+"""Read a block device or a raw image file with O_DIRECT.
+
+Holes of a file are found with SEEK_DATA / SEEK_HOLE (lseek(2)) and not read. A block device is raw, whatever its first
+bytes look like. The source is opened read-only.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+import threading
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipeline.errors import PlanError, SourceError
+from pipeline.events import FallbackTaken
+from pipeline.flow.items import Block, Content, Run, Why
+from pipeline.flow.parallel import in_thread
+from pipeline.flow.stage import BLOCKS, DISK_SIZE, NOTHING, SourceInfo, StageContext, StageSpec, option
+from pipeline.units import KiB, MiB, round_up
+
+# linux/fs.h
+_BLKGETSIZE64 = 0x80081272
+_BLKSSZGET = 0x1268
+# A gap shorter than this inside a window is read with its neighbours: one request costs more than the bytes.
+_GAP_READ_ANYWAY = 128 * KiB
+# How many runs of the map are looked up in one thread call; each costs a system call or two.
+_RUNS_AT_ONCE = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Options of read.disk."""
+
+    path: Path = option(doc="Block device or raw image file.", example="/dev/sda")
+    block_size: Literal["auto", "2 MiB", "4 MiB"] = option(
+        "auto", doc="The window that is read at once; auto is 2 MiB where the image is compressed, else 4 MiB."
+    )
+
+
+class DiskReader:
+    """A disk as a map of runs and a threaded load."""
+
+    def __init__(self, options: Options, context: StageContext) -> None:
+        self._path = options.path
+        self._block_size = {"auto": None, "2 MiB": 2 * MiB, "4 MiB": 4 * MiB}[options.block_size]
+        self._context = context
+        self._size = 0
+        self._fd = -1
+        self._map_fd = -1
+        self._alignment = 0  # bytes; 0: not O_DIRECT
+        self._is_device = False
+        self._lock = threading.Lock()
+
+    async def open(self) -> SourceInfo:
+        """Open it read-only and probe what O_DIRECT wants. Raises PlanError."""
+        try:
+            return await in_thread(self._context.threads, self._open)
+        except OSError as error:
+            raise PlanError(
+                f"can't open the source: {os.strerror(error.errno or 0)}",
+                operation="open",
+                path=self._path,
+                hint=_OPEN_HINTS.get(error.errno or 0, ""),
+            ) from None
+
+    def _open(self) -> SourceInfo:
+        self._map_fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        status = os.fstat(self._map_fd)
+        self._is_device = stat.S_ISBLK(status.st_mode)
+        sector = 512
+        if self._is_device:
+            self._size = struct.unpack("Q", fcntl.ioctl(self._map_fd, _BLKGETSIZE64, b"\0" * 8))[0]
+            sector = struct.unpack("i", fcntl.ioctl(self._map_fd, _BLKSSZGET, b"\0" * 4))[0]
+            mapped = self._size
+        elif stat.S_ISREG(status.st_mode):
+            self._size = status.st_size
+            mapped = min(self._size, status.st_blocks * 512)
+        else:
+            raise PlanError(
+                "the source is neither a block device nor a file",
+                operation="open",
+                path=self._path,
+                hint="Name the disk (/dev/sda, see lsblk) or a raw image file.",
+            )
+        self._probe_direct(sector)
+        return SourceInfo(
+            size=self._size,
+            mapped_bytes=mapped,
+            sector_size=sector,
+            path=str(self._path),
+            block_size=self._block_size,
+            identity=_identity(self._path, status, self._is_device, self._size),
+        )
+
+    def _probe_direct(self, sector: int) -> None:
+        """Open with O_DIRECT and find the alignment it takes; else stay with buffered reads."""
+        import mmap
+
+        reason = ""
+        try:
+            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+        else:
+            with mmap.mmap(-1, 64 * KiB) as probe:
+                for alignment in (sector, 4 * KiB, 64 * KiB):
+                    try:
+                        os.preadv(fd, [memoryview(probe)[:alignment]], 0)
+                    except OSError as error:
+                        reason = os.strerror(error.errno or 0)
+                        continue
+                    self._fd, self._alignment = fd, alignment
+                    return
+            os.close(fd)
+        self._fd, self._alignment = os.dup(self._map_fd), 0
+        self._context.emit(
+            FallbackTaken(stage=self._context.name, what="buffered reads instead of O_DIRECT", reason=reason)
+        )
+
+    async def windows(self, window: int, start: int = 0) -> AsyncIterator[Block]:
+        """The disk from `start` as whole aligned windows and long skips; looks the map up ahead, in threads."""
+        blocks = self._blocks(window, start)
+        while True:
+            batch = await in_thread(self._context.threads, lambda: _take(blocks, _RUNS_AT_ONCE))
+            for block in batch:
+                yield block
+            if len(batch) < _RUNS_AT_ONCE:
+                return
+
+    def _blocks(self, window: int, start: int) -> Iterator[Block]:
+        """Tile the map's runs into windows; windows without data are joined to skips."""
+        pending: list[Run] = []
+        begin = start
+        for run in self._runs(start):
+            while run.length:
+                edge = begin - begin % window + window
+                if not pending and not run.is_data and run.end - begin >= window:
+                    stop = run.end if run.end == self._size else run.end - run.end % window
+                    yield Block(begin, stop - begin, None, (Run(begin, stop - begin, run.content, run.why),))
+                    run = Run(stop, run.end - stop, run.content, run.why)
+                    begin = stop
+                    continue
+                length = min(run.length, edge - run.offset)
+                pending.append(Run(run.offset, length, run.content, run.why))
+                run = Run(run.offset + length, run.length - length, run.content, run.why)
+                if pending[-1].end in (edge, self._size):
+                    yield Block(begin, pending[-1].end - begin, None, tuple(pending))
+                    begin, pending = pending[-1].end, []
+
+    def _runs(self, start: int) -> Iterator[Run]:
+        """Data and holes from `start` to the end. Threads: any, one at a time for each iterator."""
+        position = start
+        while position < self._size:
+            data, hole = self._next_extent(position)
+            if data > position:
+                yield Run(position, data - position, Content.ZERO, Why.HOLE)
+            if hole > data:
+                yield Run(data, hole - data, Content.DATA, Why.READ)
+            position = hole
+
+    def _next_extent(self, position: int) -> tuple[int, int]:
+        """The next data as (start, end), cut at the disk's size; (size, size) when only a hole is left."""
+        if self._is_device:
+            return position, self._size
+        with self._lock:  # SEEK_DATA and SEEK_HOLE move the one file offset
+            try:
+                data = os.lseek(self._map_fd, position, os.SEEK_DATA)
+                hole = os.lseek(self._map_fd, data, os.SEEK_HOLE)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # no data behind `position`: a hole, unless the file was cut short
+                    self._check_size()
+                    return self._size, self._size
+                return position, self._size  # this filesystem can't tell: read everything
+        return min(data, self._size), min(hole, self._size)
+
+    def _check_size(self) -> None:
+        got = os.fstat(self._map_fd).st_size
+        if got < self._size:
+            raise self._shorter(got, self._size, got)
+
+    def _shorter(self, offset: int, expected: int, got: int) -> SourceError:
+        return SourceError(
+            "the source is shorter than it said",
+            operation="read",
+            path=self._path,
+            offset=offset,
+            expected=expected,
+            got=got,
+            hint="The disk changed size during the export. Export a snapshot, or stop what writes to it.",
+        )
+
+    def load(self, block: Block, buffer: memoryview) -> None:
+        """Fill the buffer with the block's bytes; zero runs are zeroed. Threads: any, several at once."""
+        unit = self._alignment or 1
+        for begin, end, is_data in _stretches(block.runs):
+            if is_data:
+                begin -= begin % unit  # rounding out over a hole reads zeros
+                self._read(begin, end - begin, buffer[begin - block.offset :])
+            else:
+                _zero(buffer[begin - block.offset : end - block.offset])
+        for run in block.runs:
+            # Holes that were read together with their neighbours: what an image holds there is zero by definition.
+            if not run.is_data and run.length < _GAP_READ_ANYWAY:
+                _zero(buffer[run.offset - block.offset : run.end - block.offset])
+
+    def _read(self, offset: int, length: int, into: memoryview) -> None:
+        """Read exactly `length` bytes at `offset`, which is aligned; `into` has room for rounding the length up."""
+        unit = self._alignment or 1
+        done = 0
+        while done < length:
+            # A file's last bytes: the rounded-up read ends at the end of the file.
+            wanted = min(round_up(length - done, unit), into.nbytes - done)
+            try:
+                got = os.preadv(self._fd, [into[done : done + wanted]], offset + done)
+            except OSError as error:
+                raise self._read_error(offset + done, length - done, into[done:], error) from None
+            if got == 0:
+                raise self._shorter(offset + done, length, done)
+            done += got
+            if done < length and done % unit:
+                done -= done % unit  # a short direct read that is not at the end: read the odd sector again
+
+    def _read_error(self, offset: int, length: int, scratch: memoryview, error: OSError) -> SourceError:
+        """Say where exactly: go over the failed stretch in 4 KiB steps until one fails."""
+        step = max(self._alignment, 4 * KiB)
+        where = offset
+        for candidate in range(offset, offset + length, step):
+            try:
+                os.preadv(self._fd, [scratch[: min(step, scratch.nbytes)]], candidate)
+            except OSError:
+                where = candidate
+                break
+        return SourceError(
+            f"the source could not be read: {os.strerror(error.errno or 0)}",
+            operation="read",
+            path=self._path,
+            offset=where,
+            length=min(step, offset + length - where),
+            hint="The medium may be failing. Rescue it into a file first (ddrescue), then export that file.",
+        )
+
+    async def close(self) -> None:
+        """Close both descriptors; idempotent."""
+        for fd in (self._fd, self._map_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._map_fd = -1
+
+
+def _take(blocks: Iterator[Block], count: int) -> list[Block]:
+    taken = []
+    for block in blocks:
+        taken.append(block)
+        if len(taken) == count:
+            break
+    return taken
+
+
+def _stretches(runs: tuple[Run, ...]) -> Iterator[tuple[int, int, bool]]:
+    """(begin, end, is_data) with small gaps between data joined to it."""
+    begin, end = runs[0].offset, runs[0].offset
+    is_data = runs[0].is_data
+    for run in runs:
+        gap = not run.is_data and run.length < _GAP_READ_ANYWAY and is_data
+        if run.is_data != is_data and not gap:
+            yield begin, end, is_data
+            begin, is_data = end, run.is_data
+        end = run.end
+    yield begin, end, is_data
+
+
+_ZEROS = bytes(64 * KiB)
+
+
+def _zero(view: memoryview) -> None:
+    for begin in range(0, view.nbytes, len(_ZEROS)):
+        part = view[begin : begin + len(_ZEROS)]
+        part[:] = _ZEROS[: part.nbytes]
+
+
+def _identity(path: Path, status: os.stat_result, is_device: bool, size: int) -> dict[str, str]:
+    """What tells this disk from another, for manifest and resume."""
+    if not is_device:
+        return {
+            "path": str(path),
+            "kind": "file",
+            "size": str(size),
+            "inode": f"{status.st_dev}:{status.st_ino}",
+            "mtime_ns": str(status.st_mtime_ns),
+        }
+    number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    found = {"path": str(path), "kind": "block device", "size": str(size), "device": number}
+    for name in ("device/serial", "device/wwid", "wwid", "device/model", "loop/backing_file"):
+        try:
+            text = Path(f"/sys/dev/block/{number}/{name}").read_text(errors="replace").strip()
+        except OSError:
+            continue
+        if text:
+            found[name.rpartition("/")[2]] = text
+    return found
+
+
+_OPEN_HINTS = {
+    errno.ENOENT: "Look the name up with lsblk.",
+    errno.EACCES: "Reading a disk needs root: run it with sudo.",
+    errno.EPERM: "Reading a disk needs root: run it with sudo.",
+    errno.EBUSY: "Something holds the disk exclusively.",
+    errno.ENOMEDIUM: "There is no medium in the drive.",
+}
+
+
+SPEC = StageSpec(
+    name="read.disk",
+    summary="Read a block device or raw image file with O_DIRECT, several reads at once; holes are not read.",
+    options=Options,
+    takes=NOTHING,
+    gives=BLOCKS,
+    build=DiskReader,
+    provides=(DISK_SIZE,),
+)

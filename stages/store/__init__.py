@@ -1,0 +1,1 @@
+"""Clients of stores, used by writers and readers alike."""

@@ -1,0 +1,340 @@
+"""HTTP requests to a store: bodies streamed without copies, no silent second sending, nothing waits for ever.
+
+aiohttp's exceptions end here; everything above sees replies and StoreErrors.
+"""
+
+from __future__ import annotations
+
+import ssl
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import urlsplit
+
+import aiohttp
+import anyio
+import yarl
+
+from pipeline import __version__
+from pipeline.errors import StoreError
+from pipeline.units import KiB, MiB, format_duration
+from stages.store.digests import Buffer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeouts:
+    """When a request is given up. Seconds, and bytes a second.
+
+    Attributes:
+        connect_s: name lookup, TCP and TLS.
+        progress_s: without one byte going out or coming in. Waiting for the chain's next bytes does not count.
+        floor_bytes_per_s: a server that takes bytes more slowly than this on average, over `progress_s` and what the
+            bytes sent so far may take, counts as stalled too.
+    """
+
+    connect_s: float = 10.0
+    progress_s: float = 30.0
+    floor_bytes_per_s: float = 16 * KiB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """What a server answered.
+
+    Attributes:
+        headers: names in lower case.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    def header(self, name: str) -> str:
+        """A header by its lower-case name; empty where it is missing."""
+        return self.headers.get(name, "")
+
+
+class SendBody(Protocol):
+    """What `request` sends: a length, and chunks for one attempt."""
+
+    @property
+    def length(self) -> int: ...
+
+    def chunks(self) -> AsyncIterator[Buffer]: ...
+
+
+class BytesBody:
+    """A short body that is in memory."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    @property
+    def length(self) -> int:
+        """Bytes."""
+        return len(self._data)
+
+    async def chunks(self) -> AsyncIterator[Buffer]:
+        """All of it."""
+        yield self._data
+
+
+# Bytes that a server's and our socket buffers swallow without the server doing anything; only more are a sign of life.
+_SOCKET_BUFFERS = 16 * MiB
+# The longest reply that is read where the caller names no limit: error messages, listings.
+REPLY_MAX = MiB
+
+
+class HttpClient:
+    """Connections to one origin. Made and used on one event loop; `close` it in the end.
+
+    Proxies are taken from the environment (`https_proxy`, `no_proxy` ...). Redirects are never followed.
+    """
+
+    def __init__(
+        self,
+        origin: str,
+        *,
+        connections: int,
+        ca_file: Path | None = None,
+        timeouts: Timeouts | None = None,
+        on_alive: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Prepare it; nothing is sent.
+
+        Args:
+            origin: `scheme://host[:port]`.
+            ca_file: PEM certificates to trust instead of the system's.
+            on_alive: called whenever the server gives a sign of life.
+        Raises:
+            StoreError: the CA file can't be used.
+        """
+        self.origin = origin
+        self._timeouts = timeouts or Timeouts()
+        self._on_alive = on_alive
+        self._connections = connections
+        self._tls = _tls_context(ca_file) if origin.startswith("https:") else None
+        self._proxy = _proxy_for(origin)
+        self._session: aiohttp.ClientSession | None = None
+
+    def _opened(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            connector = aiohttp.TCPConnector(limit=self._connections, ssl=self._tls if self._tls is not None else True)
+            self._session = aiohttp.ClientSession(
+                connector=connector,
+                timeout=aiohttp.ClientTimeout(
+                    total=None,
+                    connect=None,  # would count waiting for a free connection of the pool, as long as a part takes
+                    sock_connect=self._timeouts.connect_s,
+                    sock_read=self._timeouts.progress_s,
+                ),
+                auto_decompress=False,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
+            )
+        return self._session
+
+    async def request(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: SendBody | None = None,
+        *,
+        operation: str,
+        reply_max: int = REPLY_MAX,
+    ) -> Reply:
+        """Send one request, once, and read the reply to its end.
+
+        Args:
+            url: of the client's origin, quoted already; sent as it is.
+            body: its chunks are taken once. An error that they raise comes out of here unchanged.
+            operation: the verb for errors.
+            reply_max: a longer reply is an error.
+        Raises:
+            StoreError: no reply came; temporary, with `retry_after_s=0` where a new connection may help at once.
+                A reply of any status is returned, not raised.
+        Cancellation: the connection is closed; the server may have got everything.
+        """
+        session = self._opened()
+        begun = anyio.current_time()
+        sender = _Sender(body, self._timeouts, self._on_alive) if body is not None else None
+        sent = {**headers, "Content-Length": str(body.length)} if body is not None else dict(headers)
+        sent.setdefault("User-Agent", f"disk-pipeline/{__version__}")
+        sent.setdefault("Accept-Encoding", "identity")
+        try:
+            with anyio.CancelScope() as stalled:
+                if sender is not None:
+                    sender.scope = stalled
+                async with session.request(
+                    method,
+                    yarl.URL(url, encoded=True),
+                    headers=sent,
+                    data=sender.chunks() if sender is not None else None,
+                    proxy=self._proxy,
+                    allow_redirects=False,
+                    middlewares=(_Once(),),
+                ) as response:
+                    received = bytearray()
+                    if method != "HEAD":
+                        while chunk := await response.content.readany():
+                            received += chunk
+                            if len(received) > reply_max:
+                                raise StoreError("the reply is too long", operation=operation, limit=reply_max)
+                    self._on_alive()
+                    return Reply(
+                        status=response.status,
+                        headers={name.lower(): value for name, value in response.headers.items()},
+                        body=bytes(received),
+                    )
+            raise self._stalled(operation, anyio.current_time() - begun)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            if sender is not None and sender.error is not None:
+                raise sender.error from None
+            raise self._converted(error, operation) from None
+
+    def _stalled(self, operation: str, after_s: float) -> StoreError:
+        return StoreError(
+            f"the store stopped taking data for {format_duration(self._timeouts.progress_s)}",
+            temporary=True,
+            operation=operation,
+            endpoint=self.origin,
+            after=format_duration(after_s),
+        )
+
+    def _converted(self, error: Exception, operation: str) -> StoreError:
+        if isinstance(error, aiohttp.ClientConnectorCertificateError):
+            return StoreError(
+                f"the certificate of the store is not trusted: {error.certificate_error}",
+                operation=operation,
+                endpoint=self.origin,
+                hint='Set "ca_file" to the PEM file of the authority that signed it.',
+            )
+        if isinstance(error, (aiohttp.ClientConnectorDNSError, aiohttp.ClientConnectorSSLError)):
+            return StoreError(
+                f"can't connect: {error}",
+                temporary=isinstance(error, aiohttp.ClientConnectorDNSError),
+                operation=operation,
+                endpoint=self.origin,
+                hint='Check "endpoint": host name, port, and https or http.',
+            )
+        if isinstance(error, (aiohttp.ConnectionTimeoutError, aiohttp.ClientConnectorError)):
+            reason = "no connection in time" if isinstance(error, TimeoutError) else _reason(error)
+            return StoreError(
+                f"can't connect: {reason}",
+                temporary=True,
+                operation=operation,
+                endpoint=self.origin,
+                hint='Check "endpoint", that the store runs, and that no firewall is in between.',
+            )
+        if isinstance(error, (aiohttp.InvalidURL, aiohttp.ClientPayloadError)) and not isinstance(error, OSError):
+            cut = isinstance(error, aiohttp.ClientPayloadError)
+            message = "the reply was cut short" if cut else f"not a URL: {error}"
+            return StoreError(message, temporary=cut, operation=operation, endpoint=self.origin)
+        if isinstance(error, TimeoutError):
+            return StoreError(
+                f"no answer for {format_duration(self._timeouts.progress_s)}",
+                temporary=True,
+                operation=operation,
+                endpoint=self.origin,
+            )
+        if isinstance(error, aiohttp.ClientResponseError):
+            return StoreError(f"not an HTTP reply: {error.message}", operation=operation, endpoint=self.origin)
+        # 0: the first retry need not wait, a reused connection is often closed just when it is used again.
+        return StoreError(
+            f"the connection was lost: {_reason(error)}",
+            temporary=True,
+            retry_after_s=0.0,
+            operation=operation,
+            endpoint=self.origin,
+        )
+
+    async def close(self) -> None:
+        """Close every connection; idempotent."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+
+class _Once:
+    """Middleware that lets a request out a single time.
+
+    aiohttp sends idempotent requests again by itself when a reused connection turns out to be closed. Here a retry is
+    counted, told and signed anew, so it has to be ours.
+    """
+
+    def __init__(self) -> None:
+        self._sent = False
+
+    async def __call__(
+        self, request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+    ) -> aiohttp.ClientResponse:
+        if self._sent:
+            raise aiohttp.ServerDisconnectedError("the connection was closed before it was used again")
+        self._sent = True
+        return await handler(request)
+
+
+class _Sender:
+    """Takes a body's chunks for aiohttp, remembers an error of theirs, and watches that the server takes them.
+
+    Its scope is cancelled when nothing went out for too long; aiohttp itself watches only what comes in.
+    """
+
+    def __init__(self, body: SendBody, timeouts: Timeouts, on_alive: Callable[[], None]) -> None:
+        self._body = body
+        self._timeouts = timeouts
+        self._on_alive = on_alive
+        self.error: Exception | None = None
+        self.scope: anyio.CancelScope | None = None
+
+    async def chunks(self) -> AsyncIterator[Buffer]:
+        sent, sending_s = 0, 0.0
+        scope = self.scope
+        assert scope is not None
+        try:
+            async with aclosing(self._body.chunks()) as chunks:  # type: ignore[type-var]  # a generator in all cases
+                async for chunk in chunks:
+                    patience = self._timeouts.progress_s + sent / self._timeouts.floor_bytes_per_s - sending_s
+                    begun = anyio.current_time()
+                    scope.deadline = begun + max(0.0, min(self._timeouts.progress_s, patience))
+                    yield chunk
+                    sending_s += anyio.current_time() - begun
+                    scope.deadline = float("inf")
+                    sent += len(chunk)
+                    if sent > _SOCKET_BUFFERS:
+                        self._on_alive()
+            if sent != self._body.length:
+                raise ValueError(f"the body has {sent} of {self._body.length} bytes")
+        except Exception as error:
+            self.error = error
+            raise
+
+
+def _reason(error: BaseException) -> str:
+    inner = error.__cause__ if isinstance(error.__cause__, OSError) else error
+    os_error = getattr(inner, "os_error", inner)
+    text = getattr(os_error, "strerror", None) or str(os_error) or type(os_error).__name__
+    return str(text)
+
+
+def _tls_context(ca_file: Path | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=str(ca_file) if ca_file is not None else None)
+    except (OSError, ssl.SSLError) as error:
+        raise StoreError(
+            f"the CA file can't be used: {error}",
+            operation="connect",
+            path=ca_file,
+            hint='"ca_file" names a PEM file with the certificate of the authority.',
+        ) from None
+
+
+def _proxy_for(origin: str) -> str | None:
+    parts = urlsplit(origin)
+    if urllib.request.proxy_bypass(parts.netloc):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)

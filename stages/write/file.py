@@ -1,0 +1,353 @@
+"""Write the image into a file: temporary name, fsync, atomic rename.
+
+A mounted network share is a file too. Bytes that are never written read as zero (the file is new), so zero pieces cost
+nothing. Aligned pieces go out with O_DIRECT straight from the buffers they were read into; the rest is packed into
+aligned buffers first.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+
+from pipeline.errors import PlanError, StoreError
+from pipeline.events import FallbackTaken, UploadOpened, UploadRemoved
+from pipeline.flow.buffers import Pool
+from pipeline.flow.channels import Inlet, Outlet
+from pipeline.flow.items import Piece, Receipt, StoredImage
+from pipeline.flow.manifest import MANIFEST_SUFFIX
+from pipeline.flow.orders import SPARSE_SINK, Order
+from pipeline.flow.parallel import in_thread
+from pipeline.flow.stage import STORED_IMAGE, SinkPlan, SinkRequest, StageContext, StageSpec, option, pieces
+from pipeline.units import KiB, MiB, format_size
+from stages.store.file import FileReader, open_file_reader
+from stages.write.packing import UNIT, Batch, Packer, is_aligned
+from stages.write.placement import lies_on_disk
+
+_STAGING = 4 * MiB
+_STAGINGS = 3  # one is filled while two are written
+_IN_FLIGHT = 3  # windows or staging buffers being written at once; a disk gains nothing from more
+# Zeros shorter than this inside a packed stream are written, longer ones are left out of the file.
+_HOLE_MIN = 64 * KiB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Options of write.file."""
+
+    path: Path = option(doc="Where the image goes; its folder must exist.", example="/mnt/share/web01.qcow2")
+    overwrite: bool = option(False, doc="Replace an image that is there already, at the end and in one step.")
+
+
+class FileWriter:
+    """One new file, written at any offset, renamed when it is published."""
+
+    def __init__(self, options: Options, context: StageContext) -> None:
+        self._options = options
+        self._context = context
+        self._path = options.path.absolute()
+        name = f".{self._path.name}.{context.export_name or 'export'}.{os.getpid()}.partial"
+        self._partial = self._path.with_name(name)
+        self._fd = -1
+        self._direct_fd = -1
+        self._staging = Pool(_STAGING, _STAGINGS)
+        self._ours: tuple[int, int] | None = None  # (device, inode) of the file that this run made
+
+    # -- planning --------------------------------------------------------------------------------------------------
+
+    async def plan(self, request: SinkRequest) -> SinkPlan:
+        """Look at folder, target and free space. Raises PlanError."""
+        free = await in_thread(self._context.threads, lambda: self._look(request))
+        return SinkPlan(
+            own_bytes=_STAGING * _STAGINGS,
+            summary=(("free space", f"{format_size(free)} in {self._path.parent}"),),
+        )
+
+    def _look(self, request: SinkRequest) -> int:
+        folder = self._path.parent
+        if not folder.is_dir():
+            raise PlanError("the target's folder does not exist", path=folder, hint=f"Make it: mkdir -p {folder}")
+        if self._path.is_dir():
+            raise PlanError("the target is a folder", path=self._path, hint="Name the image file itself.")
+        for path in (self._path, self._manifest_path):
+            if path.exists() and not self._options.overwrite:
+                raise PlanError(
+                    "the target exists", path=path, hint="Choose another name, or set overwrite = true in write.file."
+                )
+        if not os.access(folder, os.W_OK):
+            raise PlanError("the target's folder can't be written", path=folder)
+        if request.source_path and lies_on_disk(folder, Path(request.source_path)):
+            raise PlanError(
+                "the target lies on the disk that is exported",
+                path=self._path,
+                disk=request.source_path,
+                hint="Write to another disk, a network share or an object store.",
+            )
+        if request.source_path and self._path.exists() and self._path.samefile(request.source_path):
+            raise PlanError("the target is the source", path=self._path, hint="Choose another name for the image.")
+        status = os.statvfs(folder)
+        return status.f_bavail * status.f_frsize
+
+    @property
+    def _manifest_path(self) -> Path:
+        return self._path.with_name(self._path.name + MANIFEST_SUFFIX)
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    async def run(self, inlet: Inlet[Piece], outlet: Outlet[StoredImage]) -> None:
+        """Write every piece, make the file complete and durable, hand it on.
+
+        Raises:
+            StoreError: the disk is full, or the file can't be written; the temporary file is gone.
+        """
+        try:
+            self._create()
+            self._context.emit(UploadOpened(stage=self._context.name, uri=str(self._partial)))
+            size = await self._write_all(inlet)
+            with self._context.meter.working():
+                await in_thread(self._context.threads, lambda: self._seal(size))
+        except BaseException:
+            self._remove(self._partial)
+            raise
+        await outlet.send(StoredImage(str(self._path), size, self._open_reader, self._fetch_receipt))
+
+    def _create(self) -> None:
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._fd = os.open(self._partial, flags, 0o644)
+            status = os.fstat(self._fd)
+            self._ours = (status.st_dev, status.st_ino)
+        except OSError as error:
+            raise self._store_error(error, "create") from None
+        self._make_room()
+        try:
+            self._direct_fd = os.open(self._partial, os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
+        except OSError as error:
+            self._use_buffered(os.strerror(error.errno or 0))
+
+    def _make_room(self) -> None:
+        """Give the file its longest length at once: writes that extend a file wait for each other, others do not."""
+        if self._context.layout is None:
+            return
+        try:
+            os.ftruncate(self._fd, self._context.layout.image_bytes_max)
+        except OSError:
+            pass  # this filesystem has no holes, or no files that long: it grows as it is written
+
+    def _use_buffered(self, reason: str) -> None:
+        self._context.emit(
+            FallbackTaken(stage=self._context.name, what="buffered writes instead of O_DIRECT", reason=reason)
+        )
+        if self._direct_fd >= 0:
+            os.close(self._direct_fd)
+        self._direct_fd = -1
+
+    async def _write_all(self, inlet: Inlet[Piece]) -> int:
+        """Write pieces as they come; returns the image's size in bytes."""
+        size = 0
+        room = anyio.Semaphore(_IN_FLIGHT)
+        packer = Packer(self._staging)
+        batch = Batch()
+
+        async with anyio.create_task_group() as tasks:
+
+            async def write(work: Batch | None) -> None:
+                if work is not None and work.parts:
+                    await room.acquire()
+                    tasks.start_soon(self._write_batch, work, room)
+
+            async for piece in inlet:
+                size = max(size, piece.end)
+                is_long_zero = piece.data is None and piece.length >= _HOLE_MIN
+                follows = packer.follows(piece.offset)
+                if packer.is_open and (not follows or is_long_zero or (is_aligned(piece) and packer.at_unit)):
+                    await write(packer.take())
+                    follows = False
+                if piece.data is None and not follows:
+                    self._context.progress.acknowledge(guest_bytes=piece.guest_bytes, image_bytes=0)
+                elif follows or not is_aligned(piece):
+                    async for full in packer.add(piece):
+                        await write(full)
+                else:
+                    # One window a batch: a batch must not hold buffers while it waits for more of them.
+                    if not batch.takes(piece):
+                        await write(batch)
+                        batch = Batch()
+                    batch.add(piece)
+            await write(batch)
+            await write(packer.take())
+        return size
+
+    async def _write_batch(self, batch: Batch, room: anyio.Semaphore) -> None:
+        try:
+            with self._context.meter.working():
+                await in_thread(self._context.threads, lambda: self._write(batch))
+        finally:
+            room.release()
+        batch.release()
+        self._context.progress.acknowledge(guest_bytes=batch.guest_bytes, image_bytes=batch.length)
+
+    def _write(self, batch: Batch) -> None:
+        for offset, view in batch.parts:
+            self._write_at(offset, view)
+
+    def _write_at(self, offset: int, view: memoryview) -> None:
+        """Write all of it: whole units direct, what is around them through the page cache. Threads: any."""
+        head = min(-offset % UNIT, view.nbytes)
+        middle = head + (view.nbytes - head) // UNIT * UNIT
+        if self._direct_fd < 0:
+            head = middle = 0
+        try:
+            _write_fully(self._fd, view[:head], offset)
+            try:
+                _write_fully(self._direct_fd, view[head:middle], offset + head)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                _write_fully(self._fd, view[head:middle], offset + head)
+            _write_fully(self._fd, view[middle:], offset + middle)
+        except OSError as error:
+            raise self._store_error(error, "write", offset=offset) from None
+
+    def _seal(self, size: int) -> None:
+        """Full length, on stable storage, and out of the page cache so that verification reads the medium."""
+        try:
+            os.ftruncate(self._fd, size)
+            os.fsync(self._fd)
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            raise self._store_error(error, "seal") from None
+        self._close_files()
+
+    # -- verify, publish, withdraw ---------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _open_reader(self) -> AsyncIterator[FileReader]:
+        async with open_file_reader(self._current_path()) as reader:
+            yield reader
+
+    @asynccontextmanager
+    async def _fetch_receipt(self) -> AsyncIterator[Receipt]:
+        size = os.stat(self._current_path()).st_size
+        yield Receipt(size, note="a filesystem keeps no checksum of a whole file")
+
+    def _current_path(self) -> Path:
+        return self._partial if self._partial.exists() else self._path
+
+    async def publish(self, manifest: bytes) -> str:
+        """Rename the image into place, then write the manifest. Raises StoreError when somebody took the name."""
+        await in_thread(self._context.threads, lambda: self._publish(manifest))
+        return str(self._manifest_path)
+
+    def _publish(self, manifest: bytes) -> None:
+        try:
+            self._move(self._partial, self._path)
+            partial = self._partial.with_name(self._partial.name + MANIFEST_SUFFIX)
+            with open(partial, "xb") as file:
+                file.write(manifest)
+                file.flush()
+                os.fsync(file.fileno())
+            self._move(partial, self._manifest_path)
+            _sync_folder(self._path.parent)
+        except OSError as error:
+            raise self._store_error(error, "publish") from None
+
+    def _move(self, source: Path, target: Path) -> None:
+        """Rename; without `overwrite` never over a file that appeared meanwhile."""
+        if self._options.overwrite:
+            os.replace(source, target)
+            return
+        try:
+            os.link(source, target)  # fails where the name is taken; rename would replace it
+        except OSError as error:
+            if error.errno == errno.EEXIST:
+                raise StoreError(
+                    "the target appeared while the image was written",
+                    operation="publish",
+                    path=target,
+                    hint="Somebody else wrote it; it was left alone. Choose another name.",
+                ) from None
+            if target.exists():
+                raise
+            os.rename(source, target)  # no hard links on this filesystem (FAT, some shares)
+        else:
+            os.unlink(source)
+
+    async def withdraw(self) -> None:
+        """Remove what this run wrote, under either name; never somebody else's file."""
+        for path in (self._partial, self._path):
+            self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        try:
+            status = path.lstat()
+            if (status.st_dev, status.st_ino) == self._ours:
+                path.unlink()
+                self._context.emit(UploadRemoved(uri=str(path), how="removed"))
+        except FileNotFoundError:
+            return
+
+    async def close(self) -> None:
+        """Close the descriptors; idempotent."""
+        self._close_files()
+        self._staging.close()
+
+    def _close_files(self) -> None:
+        for fd in (self._fd, self._direct_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._direct_fd = -1
+
+    def _store_error(self, error: OSError, operation: str, *, offset: int | None = None) -> StoreError:
+        return StoreError(
+            f"the image file could not be written: {os.strerror(error.errno or 0)}",
+            operation=operation,
+            hint=_HINTS.get(error.errno or 0, ""),
+            path=self._path,
+            offset=offset,
+        )
+
+
+def _write_fully(fd: int, view: memoryview, offset: int) -> None:
+    done = 0
+    while done < view.nbytes:
+        done += os.pwrite(fd, view[done:], offset + done)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power loss."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+_HINTS = {
+    errno.ENOSPC: "The target is full. Free space there, compress (encode.qcow2), or choose another target.",
+    errno.EDQUOT: "The quota is used up. Free space there, or choose another target.",
+    errno.EFBIG: "The target's filesystem does not take files this large. Compress, or choose another target.",
+    errno.EROFS: "The target's filesystem is read-only.",
+    errno.EACCES: "The folder can't be written by this user.",
+    errno.EIO: "The target's medium or share failed; look at the kernel's log (dmesg).",
+    errno.ESTALE: "The network share went away; mount it again.",
+}
+
+
+SPEC = StageSpec(
+    name="write.file",
+    summary="Write the image into a file: temporary name, fsync, atomic rename, sparse, O_DIRECT.",
+    options=Options,
+    takes=pieces(Order.SPARSE, Order.RANDOM, Order.HEAD_LAST, Order.SEQUENTIAL),
+    gives=STORED_IMAGE,
+    build=FileWriter,
+    sink=SPARSE_SINK,
+    schemes=("file",),
+    open_reader=open_file_reader,
+)

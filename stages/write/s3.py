@@ -1,0 +1,291 @@
+"""Write the image to an S3-compatible store: multipart with the head last, or one request for a small image.
+
+Nothing is visible in the store before the last part is there: an image that it replaces (`overwrite = true`) stays
+until that moment. Afterwards the old one is gone, unless the bucket keeps versions; withdrawing the new one does not
+bring it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pipeline.errors import LeftBehindError, PlanError, StageError, StoreError
+from pipeline.flow.channels import Inlet, Outlet
+from pipeline.flow.items import Piece, RangeReader, StoredImage
+from pipeline.flow.manifest import MANIFEST_SUFFIX
+from pipeline.flow.orders import HEAD_LAST_SINK, Order
+from pipeline.flow.stage import STORED_IMAGE, SinkPlan, SinkRequest, StageContext, StageSpec, option, pieces
+
+# aiohttp, botocore and awscrt are imported where a store is really talked to, not for `pipeline --help`.
+if TYPE_CHECKING:
+    from pipeline.flow.retry import Retry, RetryPolicy
+    from stages.store.http import Timeouts
+    from stages.store.s3 import S3Client
+    from stages.write.driver import DriverPlan
+    from stages.write.s3_upload import S3Upload
+    from stages.write.shapes import PartUpload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Options of write.s3."""
+
+    url: str = option(doc="Where the image goes: s3://BUCKET/NAME.", example='"s3://images/web01.qcow2"')
+    endpoint: str = option(
+        "",
+        doc="The store's address, https://HOST[:PORT]; else AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, else AWS itself. "
+        "Credentials come from the standard AWS chain.",
+    )
+    region: str = option("", doc="Region for signatures; else AWS_REGION, the AWS profile, us-east-1.")
+    overwrite: bool = option(
+        False,
+        doc="Replace an object that has the name already. It stays until the new one is complete, "
+        "and is gone from then on unless the bucket keeps versions.",
+    )
+    ca_file: Path | None = option(None, doc="PEM certificates to trust instead of the system's.")
+    parts_in_flight: int = option(
+        8, doc="How many parts are on their way at once, as far as memory allows. More helps on long lines only."
+    )
+    checksum: Literal["auto", "crc64nvme", "crc32c", "md5"] = option(
+        "auto", doc="What the store checks each part with; auto is CRC64NVME where the store knows it, else MD5."
+    )
+    addressing: Literal["auto", "path", "virtual"] = option(
+        "auto", doc="Bucket in the path or in the host name; auto is the host name except for addresses and localhost."
+    )
+    attempts: int = option(6, doc="How often a request is sent when the store fails for a moment.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Planned:
+    """What planning made."""
+
+    key: str
+    client: S3Client
+    retry: Retry
+    upload: S3Upload
+    plan: DriverPlan
+
+
+class S3Writer:
+    """Plans, drives and ends one upload."""
+
+    def __init__(
+        self,
+        options: Options,
+        context: StageContext,
+        *,
+        timeouts: Timeouts | None = None,
+        retry_policy: RetryPolicy | None = None,
+        wrap: Callable[[PartUpload], PartUpload] = lambda upload: upload,
+    ) -> None:
+        """Prepare it; nothing is sent.
+
+        Args:
+            timeouts, retry_policy: for tests, instead of the usual ones.
+            wrap: for tests: called with the upload, returns one of the same shape (`Faulty`).
+        """
+        self._options = options
+        self._context = context
+        self._timeouts = timeouts
+        self._retry_policy = retry_policy
+        self._wrap = wrap
+        self._planned: _Planned | None = None
+        self._manifest: bytes | None = None
+
+    # -- planning --------------------------------------------------------------------------------------------------
+
+    async def plan(self, request: SinkRequest) -> SinkPlan:
+        """Look at bucket and target, and lay out the parts. Raises PlanError or StoreError."""
+        from pipeline.flow.retry import Retry, RetryPolicy
+        from stages.store.s3 import S3Client, S3Url
+        from stages.write.driver import plan_driver
+        from stages.write.s3_upload import S3Upload
+
+        options = self._options
+        where = S3Url.parse(options.url)
+        if options.parts_in_flight < 1 or options.attempts < 1:
+            raise PlanError("parts_in_flight and attempts are at least 1", operation="plan")
+        policy = self._retry_policy or RetryPolicy(attempts=options.attempts)
+        retry = Retry(policy, clock=self._context.clock, emit=self._context.emit, stage=self._context.name)
+        await self.close()
+        client = await S3Client.connect(
+            where.bucket,
+            endpoint=options.endpoint,
+            region=options.region,
+            ca_file=options.ca_file,
+            addressing=options.addressing,
+            connections=options.parts_in_flight,
+            timeouts=self._timeouts,
+            on_alive=retry.alive,
+        )
+        plan = plan_driver(client.limits, request, parts_in_flight=options.parts_in_flight)
+        sink = plan.sink
+        if options.checksum == "crc32c" and sink.boundaries:
+            raise PlanError(
+                "parts that are streamed can't have a CRC32C, which is wanted before their first byte",
+                operation="plan",
+                hint='Set checksum = "auto", or raise "memory" in [export].',
+            )
+        upload = S3Upload(
+            client,
+            where.key,
+            overwrite=options.overwrite,
+            checksum=options.checksum,
+            clock=self._context.clock,
+            emit=self._context.emit,
+            stage=self._context.name,
+        )
+        self._planned = _Planned(key=where.key, client=client, retry=retry, upload=upload, plan=plan)
+        await self._look_at_target(self._planned)
+        checksum = (
+            "CRC64NVME, or MD5 where the store does not know it" if options.checksum == "auto" else options.checksum
+        )
+        return SinkPlan(
+            boundaries=sink.boundaries,
+            held_bytes=sink.held_bytes,
+            own_bytes=sink.own_bytes,
+            summary=(*sink.summary, ("checksum of each part", checksum), ("credentials", client.signer.source)),
+        )
+
+    async def _look_at_target(self, planned: _Planned) -> None:
+        from stages.store.s3 import S3Error, head_or_reason
+
+        client, retry = planned.client, planned.retry
+        try:
+            for key in (planned.key, planned.key + MANIFEST_SUFFIX):
+                found = await retry.call("head", lambda key=key: head_or_reason(client, key))  # type: ignore[misc]
+                if found is not None and not self._options.overwrite:
+                    raise PlanError(
+                        "the target exists",
+                        operation="plan",
+                        uri=f"s3://{client.bucket}/{key}",
+                        size=found.size,
+                        hint="Choose another name, or set overwrite = true in write.s3.",
+                    )
+                if key == planned.key:
+                    planned.upload.replaced = found
+        except S3Error as error:
+            if error.temporary:
+                raise
+            raise PlanError(
+                f"the store refuses: {error.message}", operation="plan", hint=error.hint, **error.context
+            ) from None
+        try:
+            open_uploads = await retry.call("list_uploads", lambda: client.open_uploads(planned.key))
+        except S3Error as error:
+            if error.temporary:
+                raise
+        else:
+            planned.upload.known_uploads = frozenset(found.upload_id for found in open_uploads)
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    async def run(self, inlet: Inlet[Piece], outlet: Outlet[StoredImage]) -> None:
+        """Store, seal and hand on.
+
+        Raises:
+            StoreError, StageError: it failed, and what was stored is gone again.
+            LeftBehindError: it failed, and something may be left.
+        """
+        from stages.write.driver import PartDriver, abort_upload
+        from stages.write.retrying import Retrying
+
+        planned = self._after_planning()
+        upload = planned.upload
+        driven = Retrying(self._wrap(upload), planned.retry)
+        sealed = await PartDriver(driven, self._context, planned.plan).store(inlet)
+        try:
+            await outlet.send(StoredImage(upload.uri, sealed.size, self._open_reader, upload.fetch_receipt))
+        except BaseException as error:
+            await abort_upload(driven, self._context, error)
+            raise
+
+    @asynccontextmanager
+    async def _open_reader(self) -> AsyncIterator[RangeReader]:
+        from stages.store.s3 import S3RangeReader
+
+        planned = self._after_planning()
+        client, upload = planned.client, planned.upload
+        state = await planned.retry.call("head", lambda: client.head(planned.key, upload.version))
+        if state is None:
+            raise StoreError("the stored image is gone", operation="read", uri=upload.uri)
+        yield S3RangeReader(client, planned.key, state, planned.retry)
+
+    async def publish(self, manifest: bytes) -> str:
+        """Put the manifest beside the image. Raises StoreError."""
+        planned = self._after_planning()
+        client, key = planned.client, planned.key + MANIFEST_SUFFIX
+        self._manifest = manifest
+        headers = {"Content-Type": "application/json"}
+        await planned.retry.call("put_manifest", lambda: client.put_text(key, manifest, headers))
+        return f"s3://{client.bucket}/{key}"
+
+    async def withdraw(self) -> None:
+        """Delete the object that this run sealed, and the manifest that it put; never somebody else's.
+
+        Raises:
+            LeftBehindError: it could not be deleted.
+        """
+        from pipeline.flow.retry import CLEANUP
+
+        planned = self._after_planning()
+        upload = planned.upload
+        try:
+            if self._manifest is not None:
+                await planned.retry.call("withdraw", self._remove_manifest, CLEANUP)
+            await planned.retry.call("withdraw", upload.remove_object, CLEANUP)
+        except StoreError as error:
+            commands = upload.leftovers()
+            if self._manifest is not None:
+                commands += (planned.client.command("delete-object", planned.key + MANIFEST_SUFFIX),)
+            raise LeftBehindError(
+                f"the image could not be removed: {error}", cause=error, commands=commands, uri=upload.uri
+            ) from error
+
+    async def _remove_manifest(self) -> None:
+        from stages.store.s3 import md5_hex
+
+        planned, manifest = self._after_planning(), self._manifest or b""
+        key = planned.key + MANIFEST_SUFFIX
+        found = await planned.client.head(key)
+        if found is not None and found.size == len(manifest) and found.etag == md5_hex(manifest):
+            await planned.client.delete(key, version=found.version, etag=found.etag)
+        self._manifest = None
+
+    async def close(self) -> None:
+        """Close connections; idempotent."""
+        if self._planned is not None:
+            await self._planned.client.close()
+
+    def _after_planning(self) -> _Planned:
+        if self._planned is None:
+            raise StageError("write.s3 works only after its planning", operation="write.s3")
+        return self._planned
+
+
+@asynccontextmanager
+async def open_reader(
+    url: str, *, endpoint: str = "", region: str = "", ca_file: Path | None = None
+) -> AsyncIterator[RangeReader]:
+    """Open `s3://bucket/key` for random reads. Raises PlanError or StoreError."""
+    from stages.store import s3
+
+    async with s3.open_reader(url, endpoint=endpoint, region=region, ca_file=ca_file) as reader:
+        yield reader
+
+
+SPEC = StageSpec(
+    name="write.s3",
+    summary="Write the image to an S3-compatible store: multipart, the head last, checksums on every part.",
+    options=Options,
+    takes=pieces(Order.HEAD_LAST, Order.SEQUENTIAL),
+    gives=STORED_IMAGE,
+    build=S3Writer,
+    sink=HEAD_LAST_SINK,
+    schemes=("s3",),
+    open_reader=open_reader,
+)

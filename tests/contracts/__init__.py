@@ -1,0 +1,1 @@
+"""Suites that run over the whole catalog."""

@@ -1,0 +1,1 @@
+"""Disks that tests, the demo and the benchmarks build for themselves."""

@@ -1,0 +1,191 @@
+"""What a person sees of a run."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from pipeline.events import (
+    Event,
+    FallbackTaken,
+    ImageSealed,
+    ImageVerified,
+    PartStored,
+    RetryScheduled,
+    RunPlanned,
+    VerifyProgressed,
+)
+from pipeline.flow.items import Verdict
+from pipeline.observe.progress import (
+    LineDisplay,
+    LiveDisplay,
+    Track,
+    make_display,
+    summary_lines,
+    verified_line,
+)
+from pipeline.units import GiB, MiB
+from tests.commands.conftest import FakeOutcome, sample
+
+PLANNED = RunPlanned(
+    name="web01",
+    chain=("read.disk", "encode.raw", "write.file"),
+    disk_bytes=20 * GiB,
+    mapped_bytes=6 * GiB,
+    image_bytes_max=21 * GiB,
+    window_bytes=2 * MiB,
+    memory_bytes=96 * MiB,
+    target="s3://images/[web01].qcow2",
+)
+RETRY = RetryScheduled(stage="write.s3", operation="put_part", attempt=2, wait_s=1.6, reason="503 SlowDown")
+
+
+class Terminal(io.StringIO):
+    """A terminal that keeps what was written to it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def lines(events: Iterable[Event]) -> list[str]:
+    written: list[str] = []
+    display = LineDisplay(written.append)
+    for event in events:
+        display(event)
+    display.close()
+    return written
+
+
+def test_lines_come_every_five_seconds_and_with_each_phase() -> None:
+    samples = [sample(number / 4, number * 256 * MiB) for number in range(49)]
+    written = lines(
+        [
+            PLANNED,
+            *samples,
+            RETRY,
+            sample(15, 13 * GiB),
+            PartStored(stage="write.s3", number=1, length_bytes=1, guest_bytes=1, attempts=1, elapsed_s=1),
+            FallbackTaken(stage="read.disk", what="reading without O_DIRECT", reason="not supported here"),
+            ImageSealed(uri="s3://a/b", size_bytes=5 * GiB),
+        ]
+    )
+    assert written == [
+        "20 GiB disk, 6 GiB of it to read -> s3://images/[web01].qcow2",
+        " 25.0%  5 GiB of 20 GiB, 1 GiB/s, 15.0 s left; read 2.50 GiB, skipped 2.50 GiB, sent 1.25 GiB",
+        " 50.0%  10 GiB of 20 GiB, 1 GiB/s, 10.0 s left; read 5 GiB, skipped 5 GiB, sent 2.50 GiB",
+        " 65.0%  13 GiB of 20 GiB, 819.2 MiB/s, 8.8 s left; read 6.50 GiB, skipped 6.50 GiB, sent 3.25 GiB, "
+        "1 retry, last: write.s3 put_part: 503 SlowDown",
+        "read.disk: reading without O_DIRECT (not supported here)",
+        "sealed: 5 GiB at s3://a/b",
+    ]
+
+
+def test_a_verification_is_a_line_at_each_quarter() -> None:
+    written = lines(
+        [
+            *(VerifyProgressed(stage="verify.readback", done_bytes=done, total_bytes=100) for done in range(101)),
+            ImageVerified(stage="verify.readback", state="identical", coverage=1.0, detail=""),
+        ]
+    )
+    assert [line.split()[-1] for line in written] == ["0.0%", "25.0%", "50.0%", "75.0%", "100.0%", "identical"]
+
+
+def test_the_rate_is_that_of_the_last_ten_seconds() -> None:
+    track = Track()
+    for second in range(100):
+        track.follow(sample(second, min(second, 50) * MiB))
+    assert track.rate == 0
+    assert track.left == ""
+    track.follow(sample(100, 60 * MiB))
+    assert track.rate == MiB
+
+
+def test_a_display_without_samples_says_nothing_wrong() -> None:
+    track = Track()
+    assert (track.rate, track.left, track.details) == (0.0, "", "")
+
+
+def test_an_empty_disk_does_not_divide_by_zero() -> None:
+    assert lines([VerifyProgressed(stage="verify.readback", done_bytes=0, total_bytes=0)]) == [
+        "verify.readback: 100.0%"
+    ]
+
+
+def test_a_terminal_gets_a_bar_and_anything_else_gets_lines() -> None:
+    assert isinstance(make_display(Terminal(), {"TERM": "xterm"}), LiveDisplay)
+    assert isinstance(make_display(Terminal(), {"TERM": "dumb"}), LineDisplay)
+    assert isinstance(make_display(Terminal(), {"TERM": "xterm", "CI": "true"}), LineDisplay)
+    assert isinstance(make_display(io.StringIO(), {"TERM": "xterm"}), LineDisplay)
+
+
+def test_the_bar_shows_acknowledged_bytes_and_both_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Terminal()
+    display = LiveDisplay(terminal)
+    before = sys.stderr
+    for event in (
+        PLANNED,
+        sample(0, 0),
+        sample(10, 5 * GiB),
+        RETRY,
+        ImageSealed(uri="s3://a/[b]", size_bytes=5 * GiB),
+        VerifyProgressed(stage="verify.readback", done_bytes=GiB, total_bytes=20 * GiB),
+        VerifyProgressed(stage="verify.readback", done_bytes=10 * GiB, total_bytes=20 * GiB),
+    ):
+        display(event)
+    display.close()
+    display.close()
+    assert sys.stderr is before
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    last = shown.replace("\r", "\n").split("export")[-1]
+    assert "20 GiB disk, 6 GiB of it to read -> s3://images/[web01].qcow2" in shown
+    assert "sealed: 5 GiB at s3://a/[b]" in shown
+    assert "25.0% 5 GiB of 20 GiB  512 MiB/s 30.0 s left" in last
+    assert "50.0% 10 GiB of 20 GiB" in last
+    assert "read 2.50 GiB, skipped 2.50 GiB, sent 1.25 GiB, 1 retry, last: write.s3 put_part: 503 SlowDown" in last
+
+
+def test_a_bar_that_never_started_can_be_put_away() -> None:
+    LiveDisplay(Terminal()).close()
+
+
+def test_nobody_looking_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open(os.devnull) as unwritable:
+        monkeypatch.setattr("sys.stderr", unwritable)
+        LineDisplay()(PLANNED)
+
+
+def test_the_first_line_claims_no_more_than_was_compared() -> None:
+    def line(state: str, *verdicts: Verdict) -> str:
+        return verified_line(FakeOutcome(state=state, verdicts=verdicts))
+
+    receipt = Verdict("receipt", "unproven", 0.0, detail="the store keeps no checksum")
+    sampled = Verdict("sample", "identical", 0.031)
+    assert line("stored") == "stored, not verified"
+    assert line("unproven", receipt) == "unproven: the store keeps no checksum"
+    assert line("unproven", Verdict("receipt", "unproven", 0.0)) == "unproven: there was nothing to compare with"
+    assert line("identical", receipt, Verdict("readback", "identical", 1.0)) == "verified: identical"
+    assert line("identical", receipt, sampled) == (
+        "verified: identical, as far as 3.1% of the disk that was compared tells"
+    )
+
+
+def test_the_summary_has_exact_sizes() -> None:
+    written = summary_lines(FakeOutcome())
+    assert "  size      5.00 GiB (5368709121 bytes)" in written
+    assert "  time      1 min 40 s, 204.8 MiB/s of disk" in written
+
+
+def test_the_summary_names_a_manifest_once_where_both_copies_are_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.manifest.json"
+    for uri in (str(path), f"file://{path}"):
+        assert f"  manifest  {uri}" in summary_lines(FakeOutcome(manifest_uri=uri, manifest_path=path))
+    nowhere = FakeOutcome(manifest_uri="", manifest_path=None)
+    assert "  manifest  could not be written" in summary_lines(nowhere)

@@ -1,0 +1,1 @@
+"""Real S3 servers on loopback, and the bad network between them and the product, for tests."""

@@ -1,0 +1,100 @@
+"""Fixtures of real stores; `tests/conftest.py` names this module in `pytest_plugins`.
+
+`swift`, `seaweedfs`, `seaweedfs_tls` and `s3_server` (a test runs once with each store) are shared by the whole
+session, with pytest-xdist by all its workers: a test takes a bucket of its own (`s3_server.new_bucket()`) and leaves
+the server alone. A test that kills its server takes `own_swift`, `own_seaweedfs` or `own_store` (once with each), which
+costs 1 to 3 s.
+
+Servers are started when the first test asks and end with the session, however that ends.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.stores.process import ProcessIdentity, end_run, run_folder, sweep, this_process
+from tests.stores.s3 import S3Server, StoreProcess
+from tests.stores.seaweedfs import SeaweedFs
+from tests.stores.swift import Swift
+
+
+def _session() -> ProcessIdentity:
+    """The process that lives as long as the test session: with pytest-xdist the one that started the workers."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return this_process()
+    controller = ProcessIdentity.of(os.getppid())
+    assert controller is not None
+    return controller
+
+
+def pytest_configure() -> None:
+    """Remove what sessions left that were killed."""
+    sweep()
+
+
+def pytest_unconfigure() -> None:
+    """End the servers of this process: its own, and where it is the session's, the shared ones."""
+    end_run()
+
+
+def _shared_seaweedfs() -> SeaweedFs:
+    # Whoever comes first starts it. The others find it by its folder: the folder is the session's, and so is the
+    # server.
+    folder = run_folder(_session()) / "seaweedfs"
+    folder.mkdir(exist_ok=True)
+    store = SeaweedFs(folder, owner=_session())
+    store.start()
+    return store
+
+
+@pytest.fixture(scope="session")
+def swift() -> S3Server:
+    """The session's Swift."""
+    folder = run_folder(_session()) / "swift"
+    folder.mkdir(exist_ok=True)
+    store = Swift(folder, owner=_session())
+    store.start()
+    return store.server
+
+
+@pytest.fixture(scope="session")
+def seaweedfs() -> S3Server:
+    """The session's SeaweedFS, over http."""
+    return _shared_seaweedfs().server
+
+
+@pytest.fixture(scope="session")
+def seaweedfs_tls() -> S3Server:
+    """The session's SeaweedFS, over https; the same store and buckets as `seaweedfs`."""
+    return _shared_seaweedfs().tls_server
+
+
+@pytest.fixture(scope="session", params=["swift", "seaweedfs"])
+def s3_server(request: pytest.FixtureRequest) -> S3Server:
+    """Each of the session's stores in turn."""
+    server: S3Server = request.getfixturevalue(request.param)
+    return server
+
+
+@pytest.fixture
+def own_swift() -> Iterator[Swift]:
+    """A Swift that the test has for itself."""
+    with Swift() as store:
+        yield store
+
+
+@pytest.fixture
+def own_seaweedfs() -> Iterator[SeaweedFs]:
+    """A SeaweedFS that the test has for itself, without TLS."""
+    with SeaweedFs(with_tls=False) as store:
+        yield store
+
+
+@pytest.fixture(params=["own_swift", "own_seaweedfs"])
+def own_store(request: pytest.FixtureRequest) -> StoreProcess:
+    """Each kind of store in turn, for the test alone."""
+    store: StoreProcess = request.getfixturevalue(request.param)
+    return store

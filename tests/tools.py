@@ -1,0 +1,53 @@
+"""Install what the tests need beyond Python packages: `python -m tests.tools`.
+
+Debian's packages when they are missing and this is root, then the S3 servers. Takes no time when all is there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Final
+
+from tests.stores import install
+
+# Program that a test runs -> the Debian package that has it.
+PROGRAMS: Final[Mapping[str, str]] = {
+    "qemu-img": "qemu-utils",
+    "mke2fs": "e2fsprogs",
+    "losetup": "mount",
+    "sfdisk": "fdisk",
+    "openssl": "openssl",
+}
+
+
+def missing() -> list[str]:
+    """The Debian packages of the programs that are not here."""
+    return sorted({package for program, package in PROGRAMS.items() if shutil.which(program, path=_PATH) is None})
+
+
+# A user's PATH often lacks the folders where mke2fs and losetup are.
+_PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+
+
+def main() -> int:
+    """Install what is missing; returns the exit code."""
+    packages = missing()
+    if packages and (os.geteuid() != 0 or shutil.which("apt-get") is None):
+        print(f"please install: {' '.join(packages)} (the tests that need them fail without)", file=sys.stderr)
+    elif packages:
+        quiet = {"stdout": sys.stderr, "env": os.environ | {"DEBIAN_FRONTEND": "noninteractive"}}
+        subprocess.run(["apt-get", "update", "-qq"], check=True, **quiet)  # type: ignore[call-overload]
+        subprocess.run(
+            ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages],
+            check=True,
+            **quiet,  # type: ignore[call-overload]
+        )
+    return install.main([])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
