@@ -15,7 +15,7 @@ from tests.encode.lettered import WINDOW, LetterDisk, disk, export, make_encoder
 from tests.encode.test_qcow2 import disks
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(source=disks)
 def test_image_is_the_disk_padded_to_whole_sectors(source: LetterDisk) -> None:
     made = export(SPEC, Options(), source)

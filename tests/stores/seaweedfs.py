@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from tests.stores.install import programs
-from tests.stores.process import Command, ProcessIdentity, ServerProcess, fresh_folder, kept_ports
+from tests.stores.process import Command, ProcessIdentity, ServerProcess, fresh_folder, kept_ports, locked
 from tests.stores.s3 import Credentials, S3Server
 from tests.stores.tls import ServerCertificate, make_certificate
 
@@ -74,7 +74,8 @@ class SeaweedFs:
         self.folder = folder or fresh_folder("seaweedfs", owner)
         self._is_folder_ours = folder is None
         self._ports = dict(zip(_LISTENERS, kept_ports(self.folder, len(_LISTENERS)), strict=True))
-        self._certificate = make_certificate(self.folder / "tls") if with_tls else None
+        with locked(self.folder / "setup.lock"):
+            self._certificate = make_certificate(self.folder / "tls") if with_tls else None
         # It makes these whatever it is told, and leaves them when it is killed.
         sockets = [
             Path(f"/tmp/seaweedfs-{name.partition('.')[0]}-grpc-{port}.sock")
@@ -110,10 +111,11 @@ class SeaweedFs:
 
     def start(self) -> None:
         """Start the server and wait until it answers; nothing happens when it runs."""
-        if not (self.folder / "data").exists():
-            self._write_master_log()
-        (self.folder / "master.toml").write_text(_MASTER_TOML)
-        (self.folder / "identities.json").write_text(json.dumps(_IDENTITIES))
+        with locked(self.folder / "setup.lock"):
+            if not (self.folder / "data").exists():
+                self._write_master_log()
+                (self.folder / "master.toml").write_text(_MASTER_TOML)
+                (self.folder / "identities.json").write_text(json.dumps(_IDENTITIES))
         self._process.start()
 
     def stop(self) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Self
 
 from tests.stores.install import programs
-from tests.stores.process import Command, ProcessIdentity, ServerError, ServerProcess, fresh_folder, kept_ports
+from tests.stores.process import Command, ProcessIdentity, ServerError, ServerProcess, fresh_folder, kept_ports, locked
 from tests.stores.s3 import Credentials, S3Server
 
 # Parts of an upload; S3's own limit. Swift's defaults are 1000 in both places.
@@ -152,8 +152,9 @@ class Swift:
 
     def start(self) -> None:
         """Start the server and wait until it answers; nothing happens when it runs."""
-        if not (self.folder / "object.ring.gz").exists():
-            self._write_configuration()
+        with locked(self.folder / "setup.lock"):
+            if not (self.folder / "object.ring.gz").exists():
+                self._write_configuration()
         self._process.start()
 
     def stop(self) -> None:

@@ -1,0 +1,76 @@
+"""Peak memory stays within `memory` + 128 MiB, whatever the disk's size."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.flow.manifest import Manifest
+from pipeline.units import GiB, MiB
+from tests.chains import write_toml
+
+MEMORY = 96 * MiB
+BASE = 128 * MiB
+
+
+@pytest.fixture
+def sink(tmp_path: Path) -> Iterator[int]:
+    """The port of a store that keeps checksums only, and refuses the first part of each new length once."""
+    port_file = tmp_path / "port"
+    command = [sys.executable, "-m", "tests.stores.sink", str(port_file), "--fail-longest"]
+    process = subprocess.Popen(command)
+    try:
+        while not port_file.exists():
+            assert process.poll() is None
+            os.sched_yield()
+        yield int(port_file.read_text())
+    finally:
+        process.kill()
+        process.wait()
+
+
+def run_with_few_parts(toml: Path, port: int, parts: int) -> tuple[int, str]:
+    """Export to the sink in a process of its own; returns its peak memory in bytes and what it told on stderr."""
+    credentials = {
+        "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_REGION": "us-east-1",
+    }
+    command = [sys.executable, "-m", "tests.end_to_end.small_limits", str(parts), "run", str(toml)]
+    done = subprocess.run(command, env=os.environ | credentials, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return int(done.stderr.strip().splitlines()[-1]), done.stderr
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "size, encoder",
+    [(64 * GiB, 'encode.qcow2; compression = "none"'), (4 * GiB, "encode.qcow2"), (8 * GiB, "encode.raw")],
+)
+def test_disk_far_larger_than_memory_travels_in_bounded_memory(
+    tmp_path: Path, sink: int, size: int, encoder: str
+) -> None:
+    """64 parts at most, so late parts are far longer than memory: streamed, and made again when they are refused."""
+    toml = write_toml(
+        tmp_path / "export.toml",
+        f'read.synthetic; size = "{size // MiB} MiB"',
+        "checksum.guest",
+        "sparse.zeros",
+        encoder,
+        'write.s3; url = "s3://images/disk"',
+        "verify.receipt",
+        memory=f"{MEMORY // MiB} MiB",
+    )
+    peak, told = run_with_few_parts(toml, sink, 64)
+    assert peak <= MEMORY + BASE, f"{peak / MiB:.0f} MiB"
+    manifest = Manifest.from_json((tmp_path / "disk.manifest.json").read_bytes(), where="here")
+    assert manifest.state == "identical"
+    assert manifest.image.size >= size
+    assert re.search("503|SlowDown", told), "no part was refused"
