@@ -325,7 +325,7 @@ class S3Client:
             unknown = error.status == 501 or error.code in ("NotImplemented", "InvalidRequest", "InvalidArgument")
             if not headers or not (unknown or error.status == 412):
                 raise
-            # Some stores compare If-Match with another tag than the one that they tell (Swift: of the list of segments).
+            # Some stores compare If-Match with another tag than they tell (Swift: that of the list of segments).
             now = await self.head(key)
             if now is not None and now.etag == etag:
                 await self.delete(key)

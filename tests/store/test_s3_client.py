@@ -318,7 +318,7 @@ async def test_a_range_that_is_cut_short_is_read_again(
     s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, fault: TruncateReply
 ) -> None:
     async with reading(s3_server, monkeypatch, Rule(fault, method="GET", when=Nth(1))) as (url, proxy):
-        async with open_reader(url, endpoint=proxy.url) as reader:
+        async with open_reader(url, endpoint=proxy.url, timeouts=Timeouts(progress_s=3)) as reader:
             assert await reader.read(500, 100_000) == DATA[500:100_500]
         assert len(proxy.requests("GET")) == 2
 

@@ -1,8 +1,8 @@
 """A store that keeps nothing but checksums: for uploads that are too large to be kept.
 
 It speaks just the requests of one multipart upload, with threads and blocking sockets, and takes bytes as fast as one
-core can: `python -m tests.stores.sink PORT_FILE [--fail-longest]`. What it was sent it knows by length and CRC64NVME, and
-tells when the object is looked at, so that a receipt proves that every byte arrived.
+core can: `python -m tests.stores.sink PORT_FILE [--fail-longest]`. What it was sent it knows by length and CRC64NVME,
+and tells when the object is looked at, so that a receipt proves that every byte arrived.
 """
 
 from __future__ import annotations

@@ -219,12 +219,25 @@ async def test_several_parts_are_in_flight_and_never_more_than_asked_for() -> No
     assert most == 2, "three parts of 8 MiB fit, and one of them is being gathered"
 
 
+class Slow(Faulty):
+    """Parts take a while, so that they heap up."""
+
+    async def put_part(self, number: int, body: Body) -> StoredPart:
+        for _ in range(300):
+            await anyio.lowlevel.checkpoint()
+        return await super().put_part(number, body)
+
+
 async def test_memory_of_parts_stays_within_their_share() -> None:
-    """The reader may take what it wants from a generous ledger; the writer still holds no more than it said."""
+    """The chain may take what it wants from a generous ledger; the writer still holds no more than it said."""
+    limits = replace(SMALL, parts_max=20, part_max=20 * MiB)
     image = mixed(120 * MiB, zeros=False)
-    ledger = Ledger(200 * MiB)
-    await store_image(image, MemoryStore(SMALL).upload("a"), memory=30 * MiB, ledger=ledger)
-    assert ledger.peak <= 30 * MiB + 2 * (3 * MiB + 17), "parts, and what straddles their ends"
+    ledger, store, context = Ledger(300 * MiB), MemoryStore(limits), make_context(image)
+    plan = plan_for(image, context, limits=limits, longest=340 * MiB, memory=60 * MiB)
+    assert plan.in_flight == 4
+    await PartDriver(Slow(store.upload("a"), on="abort"), context, plan).store(image.pieces(ledger))
+    assert store.objects == {"a": image.data}
+    assert 40 * MiB < ledger.peak <= 60 * MiB + 2 * (3 * MiB + 17), "parts, and what straddles their ends"
 
 
 # ---- failures ------------------------------------------------------------------------------------------------------
