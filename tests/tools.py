@@ -33,19 +33,19 @@ def missing() -> list[str]:
 _PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 
 
+def _apt(*words: str) -> None:
+    quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    subprocess.run(["apt-get", *words], check=True, stdout=sys.stderr, env=quiet)
+
+
 def main() -> int:
     """Install what is missing; returns the exit code."""
     packages = missing()
     if packages and (os.geteuid() != 0 or shutil.which("apt-get") is None):
         print(f"please install: {' '.join(packages)} (the tests that need them fail without)", file=sys.stderr)
     elif packages:
-        quiet = {"stdout": sys.stderr, "env": os.environ | {"DEBIAN_FRONTEND": "noninteractive"}}
-        subprocess.run(["apt-get", "update", "-qq"], check=True, **quiet)  # type: ignore[call-overload]
-        subprocess.run(
-            ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages],
-            check=True,
-            **quiet,  # type: ignore[call-overload]
-        )
+        _apt("update", "-qq")
+        _apt("install", "-y", "-qq", "--no-install-recommends", *packages)
     return install.main([])
 
 

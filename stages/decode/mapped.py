@@ -24,6 +24,8 @@ from stages.decode.refusal import corrupt
 PAGE = 64 * KiB
 # Pages kept for all windows in flight; 4 MiB are every block table of a 2 TiB disk but VMDK's.
 _PAGES_KEPT = 4 * MiB
+# A table that is read alone; VMDK's.
+_LONELY = 2 * KiB
 # A stretch of data is told at the latest after so many guest bytes, so that whoever copies can begin.
 _TOLD_AFTER = GiB
 # Entries looked at in one go: a batch of empty ones is passed over at the speed of memory.
@@ -33,7 +35,11 @@ _PACKED_MIN = 512
 
 
 class Pages:
-    """The tables of an image, read in aligned pages, the last few kept. For many tasks at once."""
+    """The tables of an image, read in aligned pages, the last few kept. For many tasks at once.
+
+    Args:
+        page: bytes read at once; 0: just what is asked for, for tables that stand alone between data.
+    """
 
     def __init__(self, reader: RangeReader, format: str, *, page: int = PAGE) -> None:
         self._reader = reader
@@ -51,10 +57,12 @@ class Pages:
         """
         if at < 0 or at + length > self._reader.size:
             raise corrupt(self._format, f"a table lies behind the end of the image ({self._reader.size})", at)
+        if not self._page:
+            return await self._load(at, length)
         made = bytearray()
         for number in range(at // self._page, -(-(at + length) // self._page)):
             start = number * self._page
-            page = await self._load(start)
+            page = await self._load(start, min(self._page, self._reader.size - start))
             made += page[max(0, at - start) : at + length - start]
         return bytes(made)
 
@@ -75,16 +83,16 @@ class Pages:
             for index, value in nonempty(batch, code=code, empty=empty):
                 yield base + start + index, value
 
-    async def _load(self, start: int) -> bytes:
-        if start in self._kept:
-            self._kept.move_to_end(start)
-            return self._kept[start]
-        async with self._lock:
-            if start not in self._kept:
-                self._kept[start] = await self._reader.read(start, min(self._page, self._reader.size - start))
-                while len(self._kept) > max(2, _PAGES_KEPT // self._page):
-                    self._kept.popitem(last=False)
-            return self._kept[start]
+    async def _load(self, start: int, length: int) -> bytes:
+        if start not in self._kept or len(self._kept[start]) != length:
+            async with self._lock:
+                if start not in self._kept or len(self._kept[start]) != length:
+                    self._kept[start] = await self._reader.read(start, length)
+                    while len(self._kept) > max(2, _PAGES_KEPT // (self._page or _LONELY)):
+                        self._kept.popitem(last=False)
+                return self._kept[start]
+        self._kept.move_to_end(start)
+        return self._kept[start]
 
 
 def nonempty(batch: bytes, *, code: str, empty: int) -> Iterator[tuple[int, int]]:
@@ -137,9 +145,7 @@ class MappedImage(ABC):
             for piece in _in_pieces(one):
                 last = stretches[-1] if stretches else None
                 if last is not None and follows(piece, last):
-                    stretches[-1] = replace(
-                        last, length=last.length + piece.length, stored=last.stored + piece.stored
-                    )
+                    stretches[-1] = replace(last, length=last.length + piece.length, stored=last.stored + piece.stored)
                 else:
                     stretches.append(piece)
         return await gather(self._reader, offset, length, stretches)
