@@ -21,6 +21,17 @@ PROGRAMS: Final[Mapping[str, str]] = {
     "losetup": "mount",
     "sfdisk": "fdisk",
     "openssl": "openssl",
+    "chromium": "chromium",
+    # Only the program is used, on a port of its own; where the package starts a service, that is the machine's matter.
+    "sshd": "openssh-server",
+    "ssh-keygen": "openssh-client",
+    "mkfs.xfs": "xfsprogs",
+    "mkfs.btrfs": "btrfs-progs",
+    "mkfs.fat": "dosfstools",
+    "mcopy": "mtools",
+    "partclone.extfs": "partclone",
+    "sgdisk": "gdisk",
+    "lvm": "lvm2",
 }
 
 
