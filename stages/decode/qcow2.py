@@ -21,6 +21,7 @@ from pipeline.flow.items import RangeReader
 from pipeline.units import MiB
 from stages.decode.compressed import Unpackable, expand_zstd, inflate
 from stages.decode.image import READ_MAX, Extent, Fetched, Stretch, fill, gather, tile
+from stages.decode.refusal import unsupported
 
 _MAGIC = b"QFI\xfb"
 _V2_HEADER = 72
@@ -98,6 +99,11 @@ class Qcow2Image:
         self.warnings: tuple[str, ...] = ()
         if header.is_dirty:
             self.warnings = ("the image was not closed properly (dirty bit); its refcounts may be wrong",)
+
+    @property
+    def header(self) -> Header:
+        """What its header says."""
+        return self._header
 
     def extents(self, offset: int, length: int) -> AsyncIterator[Extent]:
         """Tile the range; a stretch of stored bytes ends at the latest where its L2 table does."""
@@ -371,9 +377,4 @@ def _corrupt(reason: str, offset: int | None, guest_offset: int | None = None, *
 
 
 def _unsupported(feature: str, offset: int, hint: str = "") -> FormatError:
-    return FormatError(
-        f"the image uses {feature}, which is not read here",
-        operation="read qcow2",
-        offset=offset,
-        hint=hint or 'Convert it with "qemu-img convert -O qcow2" first.',
-    )
+    return unsupported("qcow2", feature, offset, hint=hint)

@@ -57,9 +57,9 @@ def qemu_convert(folder: Path, disk: bytes, *arguments: str) -> bytes:
     return image.read_bytes()
 
 
-def run(*command: str) -> None:
+def run(*command: str, input: str | None = None) -> None:
     """Run a tool; its complaints become the test's."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, input=input)
     assert done.returncode == 0, done.stderr
 
 

@@ -157,6 +157,6 @@ async def test_an_l2_table_is_read_once_for_all_its_windows(tmp_path: Path) -> N
 
 
 async def test_an_unknown_format_is_named_with_those_that_are_known() -> None:
-    with pytest.raises(FormatError, match="format vhdx") as caught:
-        await open_image(BytesReader(b""), "vhdx")
+    with pytest.raises(FormatError, match="format vdi") as caught:
+        await open_image(BytesReader(b""), "vdi")
     assert "qcow2" in caught.value.hint
