@@ -12,7 +12,7 @@ help:
 	@echo "make demo       export a small demo disk to an embedded S3 store, verified"
 	@echo "make test       the tests (make test-slow: the long ones)"
 	@echo "make check      format, lint, types, tests: what CI runs"
-	@echo "make docs       write docs/stages.md from the catalog"
+	@echo "make docs       write docs/stages.md and docs/export.schema.json from the catalog"
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -26,7 +26,7 @@ demo: env
 	@test -e demo/disk.raw || $(BIN)/python -m tests.disks.demo demo/disk.raw
 	$(BIN)/python -m tests.stores.demo --folder demo/store -- $(BIN)/pipeline run configs/demo.toml
 
-# What the tests need beyond Python: qemu-img, e2fsprogs and two real S3 servers.
+# What the tests need beyond Python: qemu-img, e2fsprogs, a browser and two real S3 servers.
 tools: env
 	$(BIN)/python -m tests.tools
 .PHONY: tools
@@ -42,6 +42,7 @@ check: env
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pipeline stages --markdown | diff -u docs/stages.md - || (echo "docs/stages.md is stale: make docs" && exit 1)
+	$(BIN)/python -m pipeline stages --schema | diff -u docs/export.schema.json - || (echo "docs/export.schema.json is stale: make docs" && exit 1)
 	$(MAKE) test
 
 format: env
@@ -50,6 +51,7 @@ format: env
 
 docs: env
 	$(BIN)/python -m pipeline stages --markdown > docs/stages.md
+	$(BIN)/python -m pipeline stages --schema > docs/export.schema.json
 
 clean:
 	rm -rf $(VENV) .cache demo

@@ -25,7 +25,7 @@ from perf.proof import ImageWrong, prove, stored_bytes
 from perf.report import Report, Run, relative_names, write_report
 from perf.store import aws_client, running_store
 
-FAMILIES = ("images", "reading", "storing", "memory")
+FAMILIES = ("images", "reading", "storing", "streams", "memory", "startup", "observing", "pacing")
 PROJECT = Path(__file__).resolve().parent.parent
 
 
@@ -43,7 +43,7 @@ class Bench:
 
     def run(self, contender: Contender, disk: str, round_number: int, *, with_proof: bool) -> None:
         """Measure the contender once and prove its image when asked. A contender that fails is noted, not raised."""
-        with self._ground(disk, with_store=contender.needs_store) as ground:
+        with self._ground(disk, contender) as ground:
             attempt = contender.prepare(ground)
             commands = tuple(_without_places(_shell(step), ground) for step in attempt.steps)
             commands += (_without_places(attempt.explained, ground),) if attempt.explained else ()
@@ -61,14 +61,16 @@ class Bench:
         print(run.line(), file=sys.stderr, flush=True)
 
     @contextmanager
-    def _ground(self, disk: str, *, with_store: bool) -> Iterator[Ground]:
+    def _ground(self, disk: str, contender: Contender) -> Iterator[Ground]:
         """Make an empty place for one run, and delete it with everything in it."""
         folder = disks.cache_folder() / "run"
         shutil.rmtree(folder, ignore_errors=True)  # what an interrupted benchmark left
         folder.mkdir(parents=True)
         with ExitStack() as stack:
             stack.callback(shutil.rmtree, folder)
-            store = stack.enter_context(running_store(folder.with_name("store"))) if with_store else None
+            store = None
+            if contender.needs_store:
+                store = stack.enter_context(running_store(folder.with_name("store"), contender.line))
             yield Ground(disk=disks.DISKS[disk].path, folder=folder, product=self._product, store=store)
 
 

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 from perf.measure import Step
 
-ImageFormat = Literal["raw", "qcow2"]
+ImageFormat = Literal["raw", "qcow2", "raw+lz4", "raw+zstd", "raw+gzip"]
 
 
 class Store(Protocol):
@@ -74,6 +74,21 @@ class Attempt:
     """What the commands do not show: the stages of an export."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """What lies between the contender and the store.
+
+    Attributes:
+        latency_s: one way.
+        bytes_per_s: each way; None is as fast as it goes.
+        parts_per_s: the store answers 503 to every part above this rate; None takes all.
+    """
+
+    latency_s: float = 0.0
+    bytes_per_s: float | None = None
+    parts_per_s: float | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Contender:
     """Something that can be measured. Those of one name on one disk run once a round, for all cases that name them."""
@@ -83,14 +98,19 @@ class Contender:
     needs_store: bool = False
     memory_limit: int | None = None
     """Bytes that its peak memory may reach, for contenders that promise one."""
+    line: Line | None = None
+    """How it reaches the store; without one, at once."""
 
 
-Figure = Literal["wall ratio", "cpu ratio", "size ratio", "peak memory"]
+Figure = Literal["wall ratio", "cpu ratio", "size ratio", "peak memory", "step time"]
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """A bound on a figure of a case. The median of the rounds is held against it (for memory the largest)."""
+    """A bound on a figure of a case. The median of the rounds is held against it (for memory the largest).
+
+    A step time is the median over the steps of an attempt, in seconds: for what is too short to be measured once.
+    """
 
     figure: Figure
     bound: float
@@ -101,7 +121,8 @@ class Goal:
         return self.figure in ("wall ratio", "cpu ratio")
 
     def text(self) -> str:
-        value = f"{self.bound / (1 << 20):.0f} MiB" if self.figure == "peak memory" else f"{self.bound:g}x"
+        values = {"peak memory": f"{self.bound / (1 << 20):.0f} MiB", "step time": f"{self.bound:g} s"}
+        value = values.get(self.figure, f"{self.bound:g}x")
         return f"{'≥' if self.is_floor else '≤'} {value}"
 
     def is_reached(self, value: float) -> bool:

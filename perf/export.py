@@ -17,18 +17,28 @@ Option = str | bool
 StageTable = Mapping[str, Option]
 
 
-def export_to_file(name: str, image_format: ImageFormat, encode: StageTable, *, memory: int = MEMORY) -> Contender:
+def export_to_file(
+    name: str,
+    image_format: ImageFormat,
+    encode: StageTable,
+    *,
+    compress: StageTable | None = None,
+    memory: int = MEMORY,
+) -> Contender:
     """Return the contender that exports the disk into a local image file."""
 
     def prepare(ground: Ground) -> Attempt:
         image = ground.folder / f"image.{image_format}"
         sink: StageTable = {"use": "write.file", "path": str(image), "overwrite": True}
-        return _attempt(ground, [encode, sink], memory, StoredFile(path=image, format=image_format))
+        shaping = [encode, compress] if compress else [encode]
+        return _attempt(ground, [*shaping, sink], memory, StoredFile(path=image, format=image_format))
 
     return Contender(name, prepare, memory_limit=memory + BASE_MEMORY)
 
 
-def export_to_store(name: str, image_format: ImageFormat, encode: StageTable, *, memory: int = MEMORY) -> Contender:
+def export_to_store(
+    name: str, image_format: ImageFormat, encode: StageTable, *, memory: int = MEMORY, rate_limit: str = ""
+) -> Contender:
     """Return the contender that streams the disk into the S3 store."""
 
     def prepare(ground: Ground) -> Attempt:
@@ -37,6 +47,8 @@ def export_to_store(name: str, image_format: ImageFormat, encode: StageTable, *,
         key = f"ours.{image_format}"
         url = f"s3://{ground.store.bucket}/{key}"
         sink: StageTable = {"use": "write.s3", "url": url, "endpoint": ground.store.endpoint, "overwrite": True}
+        if rate_limit:
+            sink = {**sink, "rate_limit": rate_limit}
         return _attempt(
             ground, [encode, sink], memory, StoredObject(key=key, format=image_format), ground.store.environment
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
+from pathlib import Path
 
 from perf.case import Attempt, Ground, Store, StoredFile, StoredObject
 
@@ -41,11 +43,22 @@ def prove(attempt: Attempt, ground: Ground) -> str | None:
             path = ground.folder / "fetched"
             _store(ground).fetch(key, path)
     proven = []
+    if "+" in format:
+        path, format = _unpacked(path, format.partition("+")[2], ground), "raw"
+        proven.append("unpacks")
     if format != "raw":
         _ask("qemu-img", "check", "-q", "-f", format, str(path))
         proven.append("check clean")
     _ask("qemu-img", "compare", "-f", "raw", "-F", format, str(ground.disk), str(path))
     return ", ".join([*proven, "identical"])
+
+
+def _unpacked(path: Path, tool: str, ground: Ground) -> Path:
+    """The image inside, unpacked by the codec's own tool, with holes."""
+    unpacked = ground.folder / "unpacked"
+    command = f"{tool} -dc {shlex.quote(str(path))} | dd of={shlex.quote(str(unpacked))} bs=1M conv=sparse status=none"
+    _ask("bash", "-o", "pipefail", "-c", command)
+    return unpacked
 
 
 def _store(ground: Ground) -> Store:

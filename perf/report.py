@@ -76,6 +76,8 @@ class Report:
         ours = self.good_runs(case.ours.name, case.disk)
         if figure == "peak memory":
             return spread([float(run.usage.peak_rss) for run in ours.values() if run.usage])
+        if figure == "step time":
+            return spread([median(run.usage.steps_s) for run in ours.values() if run.usage])
         if case.rival is None:
             return None
         rivals = self.good_runs(case.rival.name, case.disk)
@@ -189,8 +191,7 @@ def _page(report: Report) -> str:
 def _case_rows(report: Report, case: Case) -> list[str]:
     goals = {goal.figure: goal for goal in case.goals}
     figures: list[Figure] = ["wall ratio", "cpu ratio", "size ratio"] if case.rival else []
-    if "peak memory" in goals:
-        figures.append("peak memory")
+    figures += [figure for figure in ("peak memory", "step time") if figure in goals]
     rows = []
     for figure in figures:
         found = report.figure(case, figure)
@@ -206,6 +207,8 @@ def _case_rows(report: Report, case: Case) -> list[str]:
 def _figure_text(figure: Figure, found: Spread) -> str:
     if figure == "peak memory":
         return Spread(found.middle / MIB, found.low / MIB, found.high / MIB, found.count).text(0) + " MiB"
+    if figure == "step time":
+        return found.text(3) + " s"
     return found.text(3 if figure == "size ratio" else 2) + "x"
 
 

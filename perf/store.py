@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from perf.case import Line
     from tests.stores.s3 import S3Server
 
 BUCKET = "perf"
@@ -26,10 +27,12 @@ class S3Store:
     """The usual client's command, `aws`."""
     environment: Mapping[str, str]
     bucket: str = field(default=BUCKET)
+    port: int = 0
+    """Of what lies in between, where something does."""
 
     @property
     def endpoint(self) -> str:
-        return self.server.endpoint
+        return f"http://127.0.0.1:{self.port}" if self.port else self.server.endpoint
 
     def size(self, key: str) -> int:
         return int(self.server.client().head_object(Bucket=self.bucket, Key=key)["ContentLength"])
@@ -42,8 +45,8 @@ class S3Store:
 
 
 @contextmanager
-def running_store(folder: Path) -> Iterator[S3Store]:
-    """Start a server with an empty bucket in `folder`, which is made and removed."""
+def running_store(folder: Path, line: Line | None = None) -> Iterator[S3Store]:
+    """Start a server with an empty bucket in `folder`, which is made and removed; it is reached over the line."""
     # Here and not at the top: most cases need no store, and its server comes from the test suite's own packages.
     from tests.stores.seaweedfs import SeaweedFs
 
@@ -54,9 +57,28 @@ def running_store(folder: Path) -> Iterator[S3Store]:
             # The usual client finds its credentials here, and nothing of this machine's own configuration.
             alone = {"AWS_CONFIG_FILE": "/dev/null", "AWS_EC2_METADATA_DISABLED": "true"}
             environment = {**process.server.environment(), **alone}
-            yield S3Store(server=process.server, client=aws_client(), environment=environment)
+            with _reached(process.server.port, line) as port:
+                yield S3Store(server=process.server, client=aws_client(), environment=environment, port=port)
     finally:
         shutil.rmtree(folder)
+
+
+@contextmanager
+def _reached(port: int, line: Line | None) -> Iterator[int]:
+    """Put the line in front of a port; 0 where there is none."""
+    if line is None:
+        yield 0
+    elif line.parts_per_s is not None:
+        from tests.stores.busy import running_busy_proxy
+
+        with running_busy_proxy(port, line.parts_per_s) as busy:
+            yield busy
+    else:
+        from tests.stores.link import Network, running_link
+
+        network = Network(latency_s=line.latency_s, up_bytes_per_s=line.bytes_per_s, down_bytes_per_s=line.bytes_per_s)
+        with running_link(port, network) as link:
+            yield link
 
 
 def aws_client() -> str:

@@ -16,7 +16,13 @@ VERBS = {
     "check": ("pipeline.commands.check", "Check an export file; nothing is touched."),
     "plan": ("pipeline.commands.plan", "Say what run would do: sizes, parts, memory; nothing is sent."),
     "verify": ("pipeline.commands.verify", "Compare a stored image with its manifest, any time later."),
+    "uploads": ("pipeline.commands.uploads", "Find and remove what runs left behind in a store."),
+    "convert": ("pipeline.commands.convert", "Convert a disk or image into another image, over paths and URLs."),
+    "inspect": ("pipeline.commands.inspect", "Look at an image of any format: info, check and map, by ranges."),
+    "init": ("pipeline.commands.init", "Write an export file for this machine."),
+    "report": ("pipeline.commands.report", "Draw the page of a run from its manifest."),
     "stages": ("pipeline.commands.stages", "List the stages that can stand in a chain, with their options."),
+    "completion": ("pipeline.commands.completion", "Print what makes the Tab key work in a shell."),
 }
 
 

@@ -27,6 +27,15 @@ class RunPlanned(Event):
     window_bytes: int
     memory_bytes: int
     target: str
+    notes: tuple[str, ...] = ()  # what a person should know of the image before it is made
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MapProgressed(Event):
+    """How far the map pass has come, before the run is planned to its end. Guest bytes."""
+
+    done_bytes: int
+    total_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +91,16 @@ class RetryScheduled(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SendRateLowered(Event):
+    """The store asked for less; sending goes on at this rate and climbs again."""
+
+    stage: str
+    bytes_per_s: int
+    requests: int  # under way at once
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PartReplayed(Event):
     """A part that did not fit in memory is read and encoded again from its checkpoint."""
 
@@ -98,6 +117,23 @@ class FallbackTaken(Event):
     stage: str
     what: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageOpened(Event):
+    """The source is an image, and its header is in order.
+
+    Attributes:
+        how: the format was declared, or how it was told.
+        size_bytes: of the disk inside.
+    """
+
+    stage: str
+    uri: str
+    format: str
+    how: str
+    size_bytes: int
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

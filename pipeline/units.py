@@ -9,7 +9,7 @@ MiB = 1024 * KiB
 GiB = 1024 * MiB
 TiB = 1024 * GiB
 
-_SIZE_UNITS = {
+SIZE_UNITS = {
     "": 1,
     "b": 1,
     "kib": KiB,
@@ -21,7 +21,7 @@ _SIZE_UNITS = {
     "gb": 1000**3,
     "tb": 1000**4,
 }
-_DURATION_UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+DURATION_UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _NUMBER_AND_UNIT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -36,7 +36,7 @@ class Duration(float):
 def parse_size(text: str) -> Size:
     """Read `"4 MiB"` as bytes. Raises ValueError with the reason and the way out."""
     match = _NUMBER_AND_UNIT.fullmatch(text)
-    unit = _SIZE_UNITS.get(match[2].lower()) if match else None
+    unit = SIZE_UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None:
         raise ValueError(f'"{text}" is not a size; write for example "4 MiB", "512 KiB" or "10 GiB"')
     value = float(match[1]) * unit if "." in match[1] else int(match[1]) * unit
@@ -48,7 +48,7 @@ def parse_size(text: str) -> Size:
 def parse_duration(text: str) -> Duration:
     """Read `"30 s"` as seconds. Raises ValueError with the reason and the way out."""
     match = _NUMBER_AND_UNIT.fullmatch(text)
-    unit = _DURATION_UNITS.get(match[2].lower()) if match else None
+    unit = DURATION_UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None:
         raise ValueError(f'"{text}" is not a duration; write for example "30 s", "2 min" or "500 ms"')
     return Duration(float(match[1]) * unit)

@@ -21,6 +21,10 @@ PROGRAMS: Final[Mapping[str, str]] = {
     "losetup": "mount",
     "sfdisk": "fdisk",
     "openssl": "openssl",
+    "lz4": "lz4",
+    "zstd": "zstd",
+    "gzip": "gzip",
+    "pigz": "pigz",
     "chromium": "chromium",
     # Only the program is used, on a port of its own; where the package starts a service, that is the machine's matter.
     "sshd": "openssh-server",

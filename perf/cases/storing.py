@@ -8,7 +8,8 @@ from perf.export import export_to_store
 from perf.measure import one
 
 
-def _convert_then_upload(ground: Ground) -> Attempt:
+def convert_then_upload(ground: Ground) -> Attempt:
+    """The usual two steps."""
     if ground.store is None:
         raise ValueError("the upload needs a store")
     image, key = ground.folder / "image.qcow2", "rival.qcow2"
@@ -29,7 +30,7 @@ CASES = (
         summary="qcow2 with zlib clusters into an S3 store on this machine",
         disk="system",
         ours=export_to_store("pipeline qcow2 zlib fast to S3", "qcow2", OUR_ZLIB),
-        rival=Contender("qemu-img -c, then aws s3 cp", _convert_then_upload, needs_store=True),
+        rival=Contender("qemu-img -c, then aws s3 cp", convert_then_upload, needs_store=True),
         goals=(Goal("wall ratio", 6.0),),
     ),
 )

@@ -16,12 +16,14 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import click
 
 from pipeline import __version__
+from pipeline.commands.candidates import export_files
 from pipeline.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     ConfigError,
     LeftBehindError,
     PipelineError,
+    PlanError,
     first_error,
     leaves,
 )
@@ -56,16 +58,35 @@ class Console:
         self.as_json = as_json
         self.log: RunLog | None = None
         self._log_file = log_file
+        self._holds_stdout = True
+
+    def leave_stdout(self) -> None:
+        """Say nothing on stdout from now on: the image goes there. Results for people go to stderr.
+
+        Raises:
+            PlanError: results for programs go to stdout too.
+        """
+        if self.as_json:
+            raise PlanError(
+                "--json writes to stdout, and the image goes there too",
+                operation=self.verb,
+                hint="Set command in write.pipe, or leave --json out; --log-file writes JSON into a file.",
+            )
+        self._holds_stdout = False
 
     def say(self, line: str) -> None:
         """A line of the result, for people."""
         if not self.as_json:
-            _print(line, sys.stdout)
+            _print(line, sys.stdout if self._holds_stdout else sys.stderr)
 
     def tell(self, kind: str, **fields: Any) -> None:
         """An object of the result, for programs. Paths and the like become text."""
-        if self.as_json:
+        if self.as_json and self._holds_stdout:
             _print(json.dumps({"type": kind, **fields}, default=str), sys.stdout)
+
+    def put(self, line: str) -> None:
+        """A line of stdout that is neither for people nor an object of ours: another tool's format."""
+        _print(line, sys.stdout)
 
     def note(self, line: str) -> None:
         """A line that is not part of the result."""
@@ -198,7 +219,28 @@ def takes_export_file(body: Callable[..., None]) -> Callable[..., None]:
         metavar="STAGE.OPTION=VALUE",
         help="Override one option of FILE: encode.qcow2.level=small, export.memory=1GiB. May be given many times.",
     )(body)
-    return click.argument("file", type=click.Path(path_type=Path))(body)
+    return click.argument("file", type=click.Path(path_type=Path), shell_complete=export_files)(body)
+
+
+def check_observers(observe: ObserveOptions) -> None:
+    """Look whether the report and the metrics could be written, before anything is touched.
+
+    Raises:
+        ConfigError: with each that could not.
+    """
+    if observe.report is None and observe.prometheus is None:
+        return
+    from pipeline.observe.whole_files import check_place
+
+    faults = []
+    for name, path in (("report", observe.report), ("prometheus", observe.prometheus)):
+        try:
+            if path is not None:
+                check_place(path, asked_by=f"[observe] {name}")
+        except ConfigError as error:
+            faults += error.faults
+    if faults:
+        raise ConfigError(faults)
 
 
 def run_async(body: Callable[[], Coroutine[Any, Any, int]]) -> int:
@@ -255,6 +297,8 @@ async def until_interrupted(
             raise failure
         console.note(f"error: {told}")
     elif results:
+        for one in wanted:  # until the process ends: what was asked for is done, and its exit code must say so
+            signal.signal(one, signal.SIG_IGN)
         return results[0]
     raise Interrupted(f"interrupted: {cleaned}")
 

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.commands.console import Console, run_async, takes_export_file, until_interrupted, verb
+from pipeline.commands.console import (
+    Console,
+    check_observers,
+    run_async,
+    takes_export_file,
+    until_interrupted,
+    verb,
+)
 
 if TYPE_CHECKING:
     from pipeline.config.parse import ExportConfig
@@ -38,6 +45,7 @@ async def _show(console: Console, config: ExportConfig, chain: WiredChain) -> in
 
     events = EventStream()
     events.subscribe(console.open_log(config.observe))
+    check_observers(config.observe)
     async with plan_run(config, chain, events) as plan:
         width = max(len(what) for what, _ in plan.summary)
         for what, how_much in plan.summary:

@@ -12,6 +12,7 @@ import click
 from pipeline.commands.console import (
     Console,
     JsonEvents,
+    check_observers,
     error_to_tell,
     run_async,
     takes_export_file,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pipeline.config.wiring import WiredChain
     from pipeline.events import EventStream
     from pipeline.flow.engine import Outcome
+    from pipeline.observe.report import RunReport
 
 
 @click.command("run")
@@ -42,23 +44,35 @@ def command(console: Console, file: Path, overrides: tuple[str, ...], quiet: boo
     from stages.catalog import CATALOG
 
     config, chain = load_chain(file, CATALOG, overrides)
-    return run_async(partial(_run, console, config, chain, quiet))
+    writer = chain.writer
+    if writer.spec.holds_stdout and writer.spec.holds_stdout(writer.options):
+        console.leave_stdout()
+    return run_async(partial(run_chain, console, config, chain, quiet))
 
 
-async def _run(console: Console, config: ExportConfig, chain: WiredChain, quiet: bool) -> int:
+async def run_chain(console: Console, config: ExportConfig, chain: WiredChain, quiet: bool) -> int:
+    """Run a wired chain and tell how it went; returns the exit code. Raises what a run raises."""
     from pipeline.events import EventStream, RunFailed
+    from pipeline.flow.stage import NOTHING
     from pipeline.observe.progress import make_display, summary_lines
 
     events = EventStream()
     events.subscribe(console.open_log(config.observe))
+    report = _observe(config, events)
     display = None
     if console.as_json:
         events.subscribe(JsonEvents(console))
     elif not quiet:
         display = make_display(sys.stderr)
         events.subscribe(display)
+    cleaned = "everything that was stored has been removed"
+    if chain.writer.spec.gives.item == NOTHING.item:
+        cleaned = "what went out before can't be taken back"
     try:
-        outcome = await until_interrupted(partial(_export, config, chain, events), console)
+        work = partial(_export, config, chain, events, report)
+        outcome = await until_interrupted(work, console, cleaned=cleaned)
+        if report is not None:
+            report.finish(outcome.manifest, outcome.manifest_uri)
     except Exception as error:
         told = error_to_tell(error)
         hint, code = (told.hint, told.exit_code) if isinstance(told, PipelineError) else ("", EXIT_FAILED)
@@ -73,9 +87,28 @@ async def _run(console: Console, config: ExportConfig, chain: WiredChain, quiet:
     return EXIT_FAILED if outcome.state == "unproven" else EXIT_OK
 
 
-async def _export(config: ExportConfig, chain: WiredChain, events: EventStream) -> Outcome:
+def _observe(config: ExportConfig, events: EventStream) -> RunReport | None:
+    """Subscribe what `[observe]` asks for. Raises ConfigError where a file could not be written."""
+    check_observers(config.observe)
+    observe = config.observe
+    if observe.prometheus is not None:
+        from pipeline.observe.prometheus import PrometheusFile
+
+        events.subscribe(PrometheusFile(observe.prometheus, config.export.name, events.emit))
+    if observe.report is None:
+        return None
+    from pipeline.observe.report import RunReport
+
+    report = RunReport(observe.report, config, events.emit)
+    events.subscribe(report)
+    return report
+
+
+async def _export(config: ExportConfig, chain: WiredChain, events: EventStream, report: RunReport | None) -> Outcome:
     from pipeline.config.planning import plan_run
     from pipeline.flow.engine import run_export
 
     async with plan_run(config, chain, events) as plan:
+        if report is not None:
+            report.begin(plan)
         return await run_export(plan, events)

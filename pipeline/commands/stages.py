@@ -1,7 +1,11 @@
-"""`pipeline stages`: what can stand in a chain, with its options; also the text of docs/stages.md."""
+"""`pipeline stages`: what can stand in a chain, with its options.
+
+Also the text of docs/stages.md and docs/export.schema.json.
+"""
 
 from __future__ import annotations
 
+import json
 import types
 import typing
 from collections.abc import Iterator
@@ -10,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipeline.commands.candidates import stage_names
 from pipeline.commands.console import Console, verb
 
 if TYPE_CHECKING:
@@ -28,13 +33,19 @@ _ROLES = {
 
 
 @click.command("stages")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=stage_names)
+@click.option("--schema", is_flag=True, help="Print the JSON Schema of export files, for editors.")
 @click.option("--markdown", is_flag=True, hidden=True, help="Print docs/stages.md.")
 @verb
-def command(console: Console, name: str | None, markdown: bool) -> int:
+def command(console: Console, name: str | None, schema: bool, markdown: bool) -> int:
     """List the stages that can stand in a chain, or one stage with its options."""
     from stages.catalog import CATALOG
 
+    if schema:
+        if name is not None or markdown or console.as_json:
+            raise click.UsageError("--schema stands alone: it prints one JSON document.")
+        console.say(schema_text(CATALOG))
+        return 0
     if name is None:
         lines = markdown_lines(CATALOG) if markdown else _list_lines(CATALOG)
         for line in lines:
@@ -52,6 +63,13 @@ def command(console: Console, name: str | None, markdown: bool) -> int:
         console.say(line)
     console.tell("stage", **_described(spec))
     return 0
+
+
+def schema_text(catalog: Catalog) -> str:
+    """docs/export.schema.json, without its last line end."""
+    from pipeline.config.schema import json_schema
+
+    return json.dumps(json_schema(catalog), indent=1, ensure_ascii=False)
 
 
 def stage_lines(spec: StageSpec) -> Iterator[str]:

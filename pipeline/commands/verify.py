@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
-from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import click
 
 from pipeline.commands.console import Console, JsonEvents, run_async, until_interrupted, verb
-from pipeline.errors import EXIT_DIFFERS, EXIT_FAILED, EXIT_OK, FormatError, PlanError, StoreError
+from pipeline.errors import EXIT_DIFFERS, EXIT_FAILED, EXIT_OK, FormatError
 from pipeline.units import MiB, format_exact
+from stages.store.stored import open_stored, read_manifest
 
 if TYPE_CHECKING:
     from pipeline.events import EventStream
     from pipeline.flow.items import RangeReader, Verdict
     from pipeline.flow.manifest import Manifest
+    from stages.verify.sampling import Sample
 
-Level = Literal["receipt", "readback"]
+Level = Literal["receipt", "sample", "readback"]
 
-# A manifest has 22 bytes for each MiB of a full disk: this is one of 10 TiB.
-_MANIFEST_MAX = 256 * MiB
+_SAMPLE_MIN = 64 * MiB
 _EXIT_CODES = {"identical": EXIT_OK, "differs": EXIT_DIFFERS, "unproven": EXIT_FAILED}
 
 
@@ -29,28 +30,39 @@ _EXIT_CODES = {"identical": EXIT_OK, "differs": EXIT_DIFFERS, "unproven": EXIT_F
 @click.argument("image", metavar="FILE|URL")
 @click.option(
     "--level",
-    type=click.Choice(["receipt", "readback"]),
+    type=click.Choice(["receipt", "sample", "readback"]),
     default="readback",
     show_default=True,
-    help="receipt: compare the store's checksums. readback: read and decode all of the image.",
+    help="receipt: compare the store's checksums. sample: read a part of the image. readback: read and decode all.",
 )
+@click.option(
+    "--share", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="Of the data, for --level sample."
+)
+@click.option("--seed", default="", help="For --level sample: look at the same places again. Else at others each time.")
 @click.option("--endpoint", default="", metavar="URL", help="Of an S3-compatible store.")
 @verb
-def command(console: Console, image: str, level: Level, endpoint: str) -> int:
+def command(console: Console, image: str, level: Level, share: float, seed: str, endpoint: str) -> int:
     """Compare a stored image with its manifest, which lies beside it under the same name and `.manifest.json`.
 
     Exits 0 when it is the disk that was exported, 3 when it is not, 1 when that could not be told.
     """
-    return run_async(partial(_verify, console, image, level, endpoint))
+    from stages.verify.sampling import Sample
+
+    sample = None
+    if level == "sample":
+        sample = Sample(seed=seed or secrets.token_hex(8), share=share, at_least=_SAMPLE_MIN)
+    return run_async(partial(_verify, console, image, level, endpoint, sample))
 
 
-async def _verify(console: Console, image: str, level: Level, endpoint: str) -> int:
+async def _verify(console: Console, image: str, level: Level, endpoint: str, sample: Sample | None) -> int:
     from pipeline.events import EventStream
     from pipeline.flow.manifest import MANIFEST_SUFFIX
     from pipeline.observe.progress import make_display
 
     image = image.removesuffix(MANIFEST_SUFFIX)
     events = EventStream()
+    if console.log:
+        events.subscribe(console.log)
     display = None
     if console.as_json:
         events.subscribe(JsonEvents(console))
@@ -59,7 +71,7 @@ async def _verify(console: Console, image: str, level: Level, endpoint: str) -> 
         events.subscribe(display)
     try:
         verdict = await until_interrupted(
-            partial(_compare, image, level, endpoint, events), console, cleaned="nothing was changed"
+            partial(_compare, image, level, endpoint, events, sample), console, cleaned="nothing was changed"
         )
     finally:
         if display is not None:
@@ -68,26 +80,27 @@ async def _verify(console: Console, image: str, level: Level, endpoint: str) -> 
     return _EXIT_CODES[verdict.state]
 
 
-async def _compare(image: str, level: Level, endpoint: str, events: EventStream) -> Verdict:
+async def _compare(image: str, level: Level, endpoint: str, events: EventStream, sample: Sample | None) -> Verdict:
     """Raises FormatError for a manifest that is none, StoreError where image or manifest can't be read."""
     from stages.verify.receipt import judge, receipt_of
 
-    manifest = await _read_manifest(image, endpoint)
-    async with _open(image, endpoint) as reader:
-        if level == "readback":
-            return await _read_back(reader, manifest, events)
+    manifest = await read_manifest(image, endpoint)
+    async with open_stored(image, endpoint) as reader:
+        if level != "receipt":
+            return await _read_back(reader, manifest, events, sample)
         return judge(receipt_of(reader, manifest.receipt), size=manifest.image.size)
 
 
-async def _read_back(reader: RangeReader, manifest: Manifest, events: EventStream) -> Verdict:
+async def _read_back(reader: RangeReader, manifest: Manifest, events: EventStream, sample: Sample | None) -> Verdict:
     from pipeline.flow.items import Verdict
     from pipeline.flow.stage import RealClock
     from stages.checksum.leaves import GuestDigest
+    from stages.compress.index import FRAME_INDEX, FrameIndex
     from stages.verify.comparison import ProgressReport, verify_image
 
     if manifest.digest is None:
         reason = "the export had no checksum.guest stage, so there is nothing to compare with; use --level receipt"
-        return Verdict("readback", "unproven", 0.0, detail=reason)
+        return Verdict("sample" if sample else "readback", "unproven", 0.0, detail=reason)
     digest = GuestDigest.from_json(manifest.digest)
     if digest.size != manifest.disk.size:
         raise FormatError(
@@ -97,75 +110,16 @@ async def _read_back(reader: RangeReader, manifest: Manifest, events: EventStrea
             disk=manifest.disk.size,
             hint="It was damaged or changed by hand; fetch it again.",
         )
+    frames = manifest.facts.get(FRAME_INDEX.name)
     return await verify_image(
         reader,
         manifest.image.format,
         digest,
         virtual_size=manifest.image.virtual_size,
         image_size=manifest.image.size,
-        progress=ProgressReport("verify.readback", events.emit, RealClock()),
-    )
-
-
-async def _read_manifest(image: str, endpoint: str) -> Manifest:
-    from pipeline.flow.manifest import Manifest, manifest_uri
-
-    where = manifest_uri(image)
-    try:
-        async with _open(where, endpoint) as reader:
-            if reader.size > _MANIFEST_MAX:
-                raise FormatError(
-                    "this is too large for a manifest",
-                    operation="read manifest",
-                    size=reader.size,
-                    limit=_MANIFEST_MAX,
-                    manifest=where,
-                )
-            text = await reader.read(0, reader.size)
-    except StoreError as error:
-        raise StoreError(
-            f"the manifest can't be read: {error}",
-            temporary=error.temporary,
-            status=error.status,
-            hint=f"{error.hint} It belongs beside the image, as {where}.".lstrip(),
-        ) from error
-    made = Manifest.from_json(text, where=where)
-    if not _is_usable(made):
-        raise FormatError(
-            "the manifest does not say what the image is",
-            operation="read manifest",
-            manifest=where,
-            hint="It was damaged or changed by hand; fetch it again.",
-        )
-    return made
-
-
-def _is_usable(manifest: Manifest) -> bool:
-    """Whether what is used here has the types that it should have: the file may come from anywhere."""
-    numbers = (manifest.disk.size, manifest.image.size, manifest.image.virtual_size)
-    return (
-        all(type(number) is int and number >= 0 for number in numbers)
-        and isinstance(manifest.image.format, str)
-        and isinstance(manifest.facts, dict)
-        and all(len(proof) == 3 and all(isinstance(text, str) for text in proof) for proof in manifest.receipt)
-    )
-
-
-def _open(url: str, endpoint: str) -> AbstractAsyncContextManager[RangeReader]:
-    """Open a path or URL for reading, by the writer that stores under its scheme."""
-    from stages.catalog import CATALOG
-
-    scheme = url.partition("://")[0] if "://" in url else "file"
-    for spec in CATALOG:
-        if scheme in spec.schemes and spec.open_reader is not None:
-            opened: AbstractAsyncContextManager[RangeReader] = spec.open_reader(url, endpoint=endpoint)
-            return opened
-    known = sorted({scheme for spec in CATALOG for scheme in spec.schemes if spec.open_reader is not None})
-    raise PlanError(
-        f"nothing is stored under {scheme}: URLs here",
-        operation="open",
-        url=url,
-        hint=f"A path, or a URL that begins with {', '.join(f'{one}://' for one in known)}.",
+        progress=ProgressReport("verify.sample" if sample else "verify.readback", events.emit, RealClock()),
+        index=FrameIndex.from_json(frames) if frames is not None else None,
+        sample=sample,
     )
 
 

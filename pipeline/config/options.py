@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -33,6 +34,15 @@ class Secret:
         return f"Secret(env={self.name!r})"
 
     __str__ = __repr__
+
+
+def without_secrets(text: str) -> str:
+    """A URL without its password and without the values of its query, which may be a signature; other texts as is."""
+    if "://" not in text:
+        return text
+    text = re.sub(r"(://[^/?#@:\s]*):[^/?#\s]*@", r"\1:***@", text)
+    head, mark, query = text.partition("?")
+    return head + mark + re.sub(r"=[^&#\s]*", "=***", query)
 
 
 def option(default: Any = _REQUIRED, *, doc: str, example: str = "") -> Any:

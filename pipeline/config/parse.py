@@ -40,8 +40,16 @@ class ExportOptions:
 class ObserveOptions:
     """The `[observe]` section."""
 
+    report: Path | None = option(None, doc="Write a page about the run here, for a browser; also when it failed.")
+    prometheus: Path | None = option(
+        None, doc="Keep the run's metrics in this file, for node exporter's textfile collector; ends in .prom."
+    )
     log_file: Path | None = option(None, doc="Append the log to this file, one JSON object a line.")
     log_level: Literal["debug", "info", "warning", "error"] = option("info", doc="The least that is logged.")
+
+    def __post_init__(self) -> None:
+        if self.prometheus is not None and self.prometheus.suffix != ".prom":
+            raise ValueError("prometheus must end in .prom: node exporter reads no other file of its folder")
 
 
 SECTIONS: dict[str, type[Any]] = {"export": ExportOptions, "observe": ObserveOptions}
@@ -112,13 +120,15 @@ def load_config(file: Path, catalog: Catalog, overrides: Sequence[str] = ()) -> 
     return draft.config
 
 
-def read_draft(file: Path, catalog: Catalog, overrides: Sequence[str] = ()) -> Draft:
+def read_draft(file: Path, catalog: Catalog, overrides: Sequence[str] = (), *, text: str | None = None) -> Draft:
     """Read as much of an export file as can be read, with all its faults.
 
+    Args:
+        text: of the file, where it is not to be read.
     Raises:
         ConfigError: the file can't be read, or is not TOML.
     """
-    text = _read_text(file)
+    text = _read_text(file) if text is None else text
     document = _read_toml(text, str(file))
     return _Reader(file, text, document, catalog, overrides).read()
 

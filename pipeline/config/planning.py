@@ -6,6 +6,7 @@ Checks that depend on the disk or the target happen here: sizes, the format's li
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -13,18 +14,22 @@ from typing import Any
 
 import anyio
 
-from pipeline.config.parse import ExportConfig, StageConfig
+from pipeline.config.parse import MEMORY_MIN, ExportConfig, StageConfig
 from pipeline.config.wiring import WiredChain
-from pipeline.errors import PlanError
-from pipeline.events import EventStream
-from pipeline.flow.buffers import Ledger
+from pipeline.errors import PlanError, first_error
+from pipeline.events import EventStream, MapProgressed
+from pipeline.flow.buffers import Ledger, Memory, Pool
 from pipeline.flow.facts import Facts
+from pipeline.flow.items import Block, Piece
+from pipeline.flow.mapping import DataMap
 from pipeline.flow.meter import StageMeter
 from pipeline.flow.orders import Order
 from pipeline.flow.replay import Checkpoints, SourceReplay
+from pipeline.flow.segment import Segment
 from pipeline.flow.stage import (
     DISK_SIZE,
     Clock,
+    Compressor,
     Encoder,
     FunctionStage,
     Layout,
@@ -35,6 +40,7 @@ from pipeline.flow.stage import (
     SinkRequest,
     Source,
     SourceInfo,
+    Stage,
     StageContext,
     Writer,
 )
@@ -51,6 +57,7 @@ class MemoryPlan:
     Attributes:
         buffers: windows that may be read and not yet stored.
         made: what may exist of made bytes (compressed clusters, open parts).
+        compressed: what may exist of what a compressor takes and makes.
         replay: set aside for making parts again.
         for_writer: how much of buffers and made bytes the writer may hold.
     """
@@ -61,6 +68,7 @@ class MemoryPlan:
     made: int
     replay: int
     for_writer: int
+    compressed: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,7 +76,9 @@ class RunPlan:
     """Everything that the engine needs, and what `pipeline plan` prints.
 
     Attributes:
-        functions, encoder, writer, verifiers: the built stages, in chain order.
+        functions, encoder, compressor, checks, writer: the built stages, in chain order.
+        inner: the encoder's layout; `layout` is that of the image that is stored.
+        compressed_max: what compressing one window takes at most, in bytes; 0 without a compressor.
         meters: one per stage of the chain, in order.
     """
 
@@ -78,9 +88,13 @@ class RunPlan:
     source: Source
     functions: list[FunctionStage[Any]]
     encoder: Encoder[Any]
+    compressor: Compressor[Any] | None
+    checks: list[Stage[Piece, Piece]]
     writer: Writer
     info: SourceInfo
+    inner: Layout
     layout: Layout
+    compressed_max: int
     memory_plan: MemoryPlan
     sink_plan: SinkPlan
     checkpoints: Checkpoints
@@ -96,7 +110,13 @@ class RunPlan:
     def target_uri(self) -> str:
         """Where the image goes, as the options say it."""
         options = self.chain.writer.options
+        if command := getattr(options, "command", None):
+            return "| " + shlex.join(command)
         return str(getattr(options, "url", None) or getattr(options, "path", None) or self.chain.writer.spec.name)
+
+    def meter(self, stage: str) -> StageMeter:
+        """The meter of the stage of this TOML name."""
+        return self.meters[self.chain.names.index(stage)]
 
     @property
     def summary(self) -> tuple[tuple[str, str], ...]:
@@ -113,9 +133,10 @@ class RunPlan:
             ("virtual size", format_exact(self.layout.virtual_size)),
             ("pieces", f"{self.context.order.value}, windows of {format_size(self.context.window)}"),
             ("memory", f"{format_size(memory.total)}: {memory.buffers} buffers of {format_size(self.context.window)}, "
-                       f"{format_size(memory.made)} for made bytes, {memory.workers} threads"),
+                       f"{format_size(memory.made + memory.compressed)} for made bytes, {memory.workers} threads"),
             *self.sink_plan.summary,
             ("target", self.target_uri),
+            *((("notes", "; ".join(self.layout.notes)),) if self.layout.notes else ()),
         )  # fmt: skip
 
 
@@ -143,51 +164,85 @@ async def plan_run(
         export_name=config.export.name,
         order=chain.order,
     )
-    total = config.export.memory
     try:
         source = _build(chain.source, context)
         info = await source.open()
+        total = config.export.memory - info.own_bytes
+        if info.own_bytes and total < MEMORY_MIN:
+            raise PlanError(
+                f"{chain.source.name} needs {format_size(info.own_bytes)} of memory by itself",
+                hint=f'Raise "memory" in [export] to at least {format_size(info.own_bytes + MEMORY_MIN)}.',
+            )
         if info.size <= 0:
             raise PlanError("the source is empty", path=info.path, hint="Name the disk itself, not an empty file.")
         context.facts.put(DISK_SIZE, info.size)
         context.progress.disk_bytes = info.size
-        layout, window = _layout(chain, info)
-        memory = divide_memory(total, window, layout.made_max, with_replay=True)
-        threads = anyio.CapacityLimiter(memory.workers + 4)
+        inner, window = _layout(chain, info)
+        layout = _wrapped(chain, inner, window)
+        compressed_max = layout.made_max if chain.compressors else 0
+        memory = divide_memory(total, window, inner.made_max, with_replay=True, compressed_max=compressed_max)
+        threads = anyio.CapacityLimiter(memory.workers * (2 if chain.compressors else 1) + 4)
         context = replace(
-            context, disk_size=info.size, window=window, layout=layout, workers=memory.workers, threads=threads
+            context, disk_size=info.size, window=window, layout=inner, workers=memory.workers, threads=threads
         )
+        unit = chain.encoder.spec.map_unit and chain.encoder.spec.map_unit(chain.encoder.options, chain.order)
+        if unit:
+            found = await map_disk(chain, source, info, context, memory, unit)
+            inner, _ = _layout(chain, info, found)
+            layout = _wrapped(chain, inner, window)
+            context = replace(context, layout=inner)
         functions = [_build(stage, context) for stage in chain.functions]
+        compressors = chain.compressors
+        # What is behind the encoder sees the image that is stored.
+        outside = replace(context, layout=layout)
         replay = SourceReplay(
             source=source,
             functions=functions,
             make_encoder=lambda: _build(chain.encoder, context),
             window=window,
-            made_max=layout.made_max,
+            made_max=inner.made_max,
             threads=threads,
+            make_compressor=(lambda: _build(compressors[0], outside)) if compressors else None,
+            compressed_max=compressed_max,
         )
         meters = [StageMeter(name, parallelism=memory.workers) for name in chain.names]
         writer_meter = meters[chain.names.index(chain.writer.spec.name)]
         writer_meter.parallelism = 1
-        writer = _build(chain.writer, replace(context, replay=replay, meter=writer_meter))
+        writer = _build(chain.writer, replace(outside, replay=replay, meter=writer_meter))
         request = SinkRequest(layout=layout, order=chain.order, memory=memory.for_writer, source_path=info.path)
         sink_plan = await writer.plan(request)
+        if sink_plan.boundaries and not chain.encoder.spec.checkpointed:
+            raise PlanError(
+                f"{chain.encoder.name} can't make a part again, and parts of this image are too long to wait in memory",
+                operation="plan",
+                hint='Raise "memory" in [export], write to a file, or choose encode.vmdk or encode.qcow2.',
+            )
         memory = divide_memory(
-            total - sink_plan.own_bytes, window, layout.made_max, with_replay=bool(sink_plan.boundaries)
+            total - sink_plan.own_bytes,
+            window,
+            inner.made_max,
+            with_replay=bool(sink_plan.boundaries),
+            compressed_max=compressed_max,
         )
-        memory = replace(memory, total=total)
+        memory = replace(memory, total=config.export.memory)
         context.ledger.total = memory.made
         replay.checkpoints = Checkpoints(sink_plan.boundaries)
         yield RunPlan(
             config=config,
             chain=chain,
-            context=replace(context, sink_plan=sink_plan, replay=replay),
+            context=replace(outside, sink_plan=sink_plan, replay=replay),
             source=source,
             functions=functions,
             encoder=_build(chain.encoder, context),
+            compressor=_build(compressors[0], outside) if compressors else None,
+            checks=[
+                _build(stage, replace(outside, meter=meters[chain.names.index(stage.name)])) for stage in chain.checks
+            ],
             writer=writer,
             info=info,
+            inner=inner,
             layout=layout,
+            compressed_max=compressed_max,
             memory_plan=memory,
             sink_plan=sink_plan,
             checkpoints=replay.checkpoints,
@@ -207,19 +262,29 @@ def _build(stage: StageConfig, context: StageContext) -> Any:
     return stage.spec.build(stage.options, replace(context, name=stage.spec.name))
 
 
-def _layout(chain: WiredChain, info: SourceInfo) -> tuple[Layout, int]:
-    """The encoder's layout and the window: 2 MiB where it compresses, else 4 MiB, unless the user chose."""
+def _wrapped(chain: WiredChain, layout: Layout, window: int) -> Layout:
+    """The layout of the image that is stored."""
+    for stage in chain.compressors:
+        assert stage.spec.wrap is not None, "every compressor says what it makes"  # the catalog's contract test
+        layout = stage.spec.wrap(stage.options, layout, window)
+    return layout
+
+
+def _layout(chain: WiredChain, info: SourceInfo, found: DataMap | None = None) -> tuple[Layout, int]:
+    """The encoder's layout and the window: 2 MiB where anything compresses, else 4 MiB, unless the user chose."""
 
     def ask(window: int, head_minimum: int) -> Layout:
         make = chain.encoder.spec.layout
         assert make is not None, "every encoder has a layout"  # the catalog's contract test
-        request = LayoutRequest(disk_size=info.size, window=window, order=chain.order, head_minimum=head_minimum)
+        request = LayoutRequest(
+            disk_size=info.size, window=window, order=chain.order, head_minimum=head_minimum, map=found
+        )
         layout: Layout = make(chain.encoder.options, request)
         return layout
 
     window = info.block_size or WINDOW_WHEN_COMPRESSING
     layout = ask(window, 0)
-    if info.block_size is None and not layout.made_max:
+    if info.block_size is None and not layout.made_max and not chain.compressors:
         window = WINDOW
     sink = chain.writer.spec.sink
     head_minimum = 0
@@ -229,21 +294,87 @@ def _layout(chain: WiredChain, info: SourceInfo) -> tuple[Layout, int]:
     return ask(window, head_minimum), window
 
 
-def divide_memory(total: int, window: int, made_max: int, *, with_replay: bool) -> MemoryPlan:
-    """Divide the run's memory so that reader, encoder and writer can't starve each other.
+async def map_disk(
+    chain: WiredChain, source: Source, info: SourceInfo, context: StageContext, memory: MemoryPlan, unit: int
+) -> DataMap:
+    """The map pass: which units of the disk hold data.
+
+    A source that knows holes is believed. Any other is read as a whole, and its zeros are found by the sparse stages of
+    the chain; then the disk is read twice.
+
+    Raises:
+        SourceError: it can't be read.
+    """
+    found = DataMap(unit, info.size)
+    looks = info.mapped_bytes >= info.size and any(stage.spec.role == "sparse" for stage in chain.functions)
+    scanning = [_build(stage, context) for stage in chain.functions if stage.spec.role == "sparse"] if looks else []
+    every_s, next_s = 0.25, context.clock.now()
+
+    def note(block: Block) -> None:
+        nonlocal next_s
+        for run in block.runs:
+            if run.is_data:
+                found.add(run.offset, run.end)
+        block.release()
+        if context.clock.now() >= next_s or block.end == info.size:
+            next_s = context.clock.now() + every_s
+            context.emit(MapProgressed(done_bytes=block.end, total_bytes=info.size))
+
+    if not scanning:
+        async for block in source.windows(context.window):
+            note(block)
+        return found
+
+    class Noted:
+        async def send(self, item: Block) -> None:
+            note(item)
+
+    pool = Pool(context.window, memory.workers + 2)
+    segment = Segment(
+        source=source,
+        functions=scanning,
+        encoder=None,
+        meters=[StageMeter("") for _ in range(len(scanning) + 1)],
+        memory=Memory(Ledger(0), pool, 0),
+        disk_size=info.size,
+        window=context.window,
+        threads=context.threads,
+        workers=memory.workers,
+    )
+    try:
+        await segment.run(None, Noted())
+    except BaseExceptionGroup as group:
+        raise first_error(group) from group
+    finally:
+        pool.close()
+    return found
+
+
+def divide_memory(total: int, window: int, made_max: int, *, with_replay: bool, compressed_max: int = 0) -> MemoryPlan:
+    """Divide the run's memory so that reader, encoder, compressor and writer can't starve each other.
 
     The next window in order always has its memory before any later one, so there is progress as long as the writer
-    can live with `for_writer`.
+    can live with `for_writer`. A compressor has memory of its own: the stages before it only feed it.
 
+    Args:
+        compressed_max: what compressing one window takes; 0 without a compressor.
     Raises:
         PlanError: not even one window at a time fits.
     """
-    replay = 2 * (window + made_max) if with_replay else 0
+    a_window = window + made_max + compressed_max
+    replay = 2 * a_window if with_replay else 0
     # More threads than processors, because each call also waits for its read (perf: 4 is best on 2).
     workers = (os.cpu_count() or 1) + 2
-    while workers > 1 and (workers + 2) * (window + made_max) + replay > total * 5 // 8:
+    while workers > 1 and (workers + 2) * a_window + replay > total * 5 // 8:
         workers -= 1
-    if made_max:
+    compressed = 0
+    if compressed_max:
+        # Read and not yet taken, taken and not yet compressed (each window may hold the buffer before its own too).
+        buffers = 2 * (workers + 1) if workers > 1 else 4
+        made = (workers + 3) * made_max
+        compressed = total - replay - buffers * window - made
+        for_writer = compressed - (workers + 1) * compressed_max
+    elif made_max:
         buffers = workers + 2
         made = total - replay - buffers * window
         for_writer = made - (workers + 1) * made_max
@@ -254,6 +385,14 @@ def divide_memory(total: int, window: int, made_max: int, *, with_replay: bool) 
     if for_writer < window:
         raise PlanError(
             f"{format_size(total)} of memory is not enough for windows of {format_size(window)}",
-            hint='Raise "memory" in [export]; 32 MiB always does.',
+            hint=f'Raise "memory" in [export]; {"64 MiB" if compressed_max else "32 MiB"} always does.',
         )
-    return MemoryPlan(total=total, workers=workers, buffers=buffers, made=made, replay=replay, for_writer=for_writer)
+    return MemoryPlan(
+        total=total,
+        workers=workers,
+        buffers=buffers,
+        made=made,
+        replay=replay,
+        for_writer=for_writer,
+        compressed=compressed,
+    )

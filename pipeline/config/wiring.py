@@ -18,6 +18,8 @@ from pipeline.flow.stage import DISK_SIZE, Catalog, StageSpec
 
 # The order in which data passes the roles; what a [[stage]] may stand behind.
 ROLES = ("read", "checksum", "sparse", "encode", "compress", "write", "verify")
+# The same with a place for checks of the image, whose role is "checksum" too.
+_PLACES = ("read", "checksum", "sparse", "encode", "compress", "image", "write", "verify")
 _ALONE = {"read": "source", "encode": "encoder", "write": "writer"}
 
 
@@ -27,6 +29,7 @@ class WiredChain:
 
     Attributes:
         functions: between source and encoder, in file order.
+        checks: of the image, between the last stage that shapes it and the writer.
         order: how pieces travel from the encoder to the writer.
     """
 
@@ -34,6 +37,7 @@ class WiredChain:
     functions: tuple[StageConfig, ...]
     encoder: StageConfig
     compressors: tuple[StageConfig, ...]
+    checks: tuple[StageConfig, ...]
     writer: StageConfig
     verifiers: tuple[StageConfig, ...]
     order: Order
@@ -42,7 +46,7 @@ class WiredChain:
     def stages(self) -> tuple[StageConfig, ...]:
         """Every stage, in the order data passes."""
         before = (self.source, *self.functions, self.encoder)
-        return (*before, *self.compressors, self.writer, *self.verifiers)
+        return (*before, *self.compressors, *self.checks, self.writer, *self.verifiers)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -63,13 +67,17 @@ def wire(config: ExportConfig) -> WiredChain:
     return wiring.chain()
 
 
-def load_chain(file: Path, catalog: Catalog, overrides: Sequence[str] = ()) -> tuple[ExportConfig, WiredChain]:
+def load_chain(
+    file: Path, catalog: Catalog, overrides: Sequence[str] = (), *, text: str | None = None
+) -> tuple[ExportConfig, WiredChain]:
     """Read a file and wire its stages: `load_config` and `wire`, with the faults of both at once.
 
+    Args:
+        text: of the file, where it is not to be read.
     Raises:
         ConfigError: as both do. Stages are wired only when all are known: a misspelt one is not also a missing one.
     """
-    draft = read_draft(file, catalog, overrides)
+    draft = read_draft(file, catalog, overrides, text=text)
     if draft.config is not None:
         return draft.config, wire(draft.config)
     faults = list(draft.faults)
@@ -94,7 +102,7 @@ class _Wiring:
 
     def check(self) -> None:
         """Note every fault. Each check looks at the chain as it would be once the faults before it are mended."""
-        self._stages = sorted(self._without_duplicates(), key=lambda stage: ROLES.index(stage.spec.role))
+        self._stages = sorted(self._without_duplicates(), key=lambda stage: _PLACES.index(_place(stage)))
         self._check_sequence()
         self._check_counts()
         self._check_items()
@@ -108,13 +116,14 @@ class _Wiring:
             functions=tuple(self._of("checksum", "sparse")),
             encoder=self._of("encode")[0],
             compressors=tuple(self._of("compress")),
+            checks=tuple(self._of("image")),
             writer=self._of("write")[0],
             verifiers=tuple(self._of("verify")),
             order=self._orders[0],
         )
 
-    def _of(self, *roles: str) -> list[StageConfig]:
-        return [stage for stage in self._stages if stage.spec.role in roles]
+    def _of(self, *places: str) -> list[StageConfig]:
+        return [stage for stage in self._stages if _place(stage) in places]
 
     def _without_duplicates(self) -> list[StageConfig]:
         seen: dict[str, StageConfig] = {}
@@ -128,14 +137,14 @@ class _Wiring:
         written = sorted(self._stages, key=lambda stage: stage.index)
         right = "the right order is " + " -> ".join(stage.name for stage in self._stages)
         # Checksums and sparse stages count as one place here: what is wrong between them has a reason of its own.
-        ranks = [ROLES.index(stage.spec.role.replace("sparse", "checksum")) for stage in written]
+        ranks = [_PLACES.index(_place(stage).replace("sparse", "checksum")) for stage in written]
         misplaced = set(range(len(ranks))) - set(_longest_ascending(ranks))
         for number in sorted(misplaced):
             self._fault(written[number], f"{written[number].name} stands in the wrong place", right)
         in_place = [stage for number, stage in enumerate(written) if number not in misplaced]
         sparse = next((stage for stage in in_place if stage.spec.role == "sparse"), None)
         for stage in in_place:
-            if sparse and stage.spec.role == "checksum" and stage.index > sparse.index:
+            if sparse and _place(stage) == "checksum" and stage.index > sparse.index:
                 reason = f"{stage.name} stands behind {sparse.name}: the digest is taken of what was read"
                 self._fault(stage, reason, right)
 
@@ -146,9 +155,13 @@ class _Wiring:
             if not found and self._written:
                 hint = f"add one of {', '.join(names)}" if names else ""
                 self._fault(None, f"the chain has no {title}", hint)
-            for stage in found[1:]:
-                hint = f"a chain has one; the first is {found[0].name} in line {found[0].place[0]}"
-                self._fault(stage, f"{stage.name} is a second {title}", hint)
+            self._refuse_others(found, title)
+        self._refuse_others(self._of("compress"), "compressor")
+
+    def _refuse_others(self, found: Sequence[StageConfig], title: str) -> None:
+        for stage in found[1:]:
+            hint = f"a chain has one; the first is {found[0].name} in line {found[0].place[0]}"
+            self._fault(stage, f"{stage.name} is a second {title}", hint)
 
     def _check_items(self) -> None:
         """Every stage takes what the one before it gives; verifiers all look at what the writer gives."""
@@ -168,13 +181,15 @@ class _Wiring:
         if len(encoders) != 1 or len(writers) != 1:
             return
         giver = encoders[0]
-        orders = giver.spec.gives.orders
-        for taker in (*self._of("compress"), writers[0]):
-            accepted = _accepted(taker.spec)
+        orders = giver.spec.orders_of(giver.options)
+        for taker in (*self._of("compress", "image"), writers[0]):
+            accepted = _accepted(taker)
             possible = tuple(order for order in orders if order in accepted)
             if not possible:
                 reason = f"{taker.name} takes pieces {_or(accepted)}, and {giver.name} gives them {_or(orders)}"
-                self._fault(taker, reason, self._ways_out(giver, taker))
+                hints = [stage.spec.orders_hint(stage.options) for stage in (giver, taker)
+                         if stage.spec.orders_hint and stage.options is not None]  # fmt: skip
+                self._fault(taker, reason, "; ".join(filter(None, [*hints, self._ways_out(giver, taker)])))
                 return
             orders = possible
             if taker.spec.role == "compress":
@@ -184,10 +199,10 @@ class _Wiring:
 
     def _ways_out(self, giver: StageConfig, taker: StageConfig) -> str:
         """Which stages of the catalog could take the place of one of the two."""
-        gives, takes = set(giver.spec.gives.orders), set(_accepted(taker.spec))
-        specs = list(self._catalog)
-        givers = [spec.name for spec in specs if spec.role == giver.spec.role and takes & set(spec.gives.orders)]
-        takers = [spec.name for spec in specs if spec.role == taker.spec.role and gives & set(_accepted(spec))]
+        gives, takes = set(giver.spec.orders_of(giver.options)), set(_accepted(taker))
+        others = [spec for spec in self._catalog if spec.name not in (giver.name, taker.name)]
+        givers = [spec.name for spec in others if spec.role == giver.spec.role and takes & set(spec.gives.orders)]
+        takers = [spec.name for spec in others if spec.role == taker.spec.role and gives & set(_accepted_by(spec))]
         ways = [(taker.name, givers), (giver.name, takers)]
         return "; ".join(f"{kept} works with {', '.join(names)}" for kept, names in ways if names)
 
@@ -222,7 +237,19 @@ class _Wiring:
         )
 
 
-def _accepted(spec: StageSpec) -> tuple[Order, ...]:
+def _place(stage: StageConfig) -> str:
+    """Where in the chain a stage belongs: its role, or "image" for a check of the image."""
+    return "image" if stage.spec.checks_image else stage.spec.role
+
+
+def _accepted(stage: StageConfig) -> tuple[Order, ...]:
+    """The orders that a stage takes with its options."""
+    if stage.spec.checks_image and stage.spec.orders and stage.options is not None:
+        return stage.spec.orders(stage.options)
+    return _accepted_by(stage.spec)
+
+
+def _accepted_by(spec: StageSpec) -> tuple[Order, ...]:
     """The orders that a stage takes: what its port says, else what its sink can live with."""
     if spec.takes.orders or spec.sink is None:
         return spec.takes.orders

@@ -19,6 +19,7 @@ import aiofiles
 import anyio
 
 from pipeline import __version__
+from pipeline.config.options import without_secrets
 from pipeline.errors import LeftBehindError, PipelineError, StageError, VerificationError, first_error
 from pipeline.events import (
     EventStream,
@@ -31,14 +32,17 @@ from pipeline.events import (
     RunPlanned,
     RunStarted,
 )
-from pipeline.flow.buffers import Memory, Pool
+from pipeline.flow.buffers import Ledger, Memory, Pool
 from pipeline.flow.channels import Channel
+from pipeline.flow.compressing import CompressingSegment
 from pipeline.flow.items import Block, Content, Receipt, Run, StoredImage, Verdict, Why
 from pipeline.flow.manifest import MANIFEST_SUFFIX, DiskRecord, ImageRecord, Manifest, pack_runs
 from pipeline.flow.mapping import SKIPPED_RANGES, MapRecorder
 from pipeline.flow.meter import StageMeter, find_bottleneck
+from pipeline.flow.replay import Marks
 from pipeline.flow.segment import Segment
-from pipeline.flow.stage import Verifier
+from pipeline.flow.series import SeriesRecorder
+from pipeline.flow.stage import Verifier, make_load
 
 if TYPE_CHECKING:
     from pipeline.config.planning import RunPlan
@@ -85,6 +89,8 @@ async def run_export(plan: RunPlan, events: EventStream) -> Outcome:
     """
     context = plan.context
     emit = events.emit
+    over_time = SeriesRecorder()
+    events.subscribe(over_time)
     emit(
         RunPlanned(
             name=plan.name,
@@ -95,16 +101,18 @@ async def run_export(plan: RunPlan, events: EventStream) -> Outcome:
             window_bytes=context.window,
             memory_bytes=plan.memory_plan.total,
             target=plan.target_uri,
+            notes=plan.layout.notes,
         )
     )
     emit(RunStarted(name=plan.name))
     begun = time.monotonic()
     recorder = MapRecorder()
-    memory = Memory(context.ledger, Pool(context.window, plan.memory_plan.buffers), plan.layout.made_max)
+    memory = Memory(context.ledger, Pool(context.window, plan.memory_plan.buffers), plan.inner.made_max)
+    compressed = Ledger(plan.memory_plan.compressed)
     try:
         try:
             async with _sampling(plan, recorder, begun):
-                stored = await _transfer(plan, recorder, memory)
+                stored = await _transfer(plan, recorder, memory, compressed)
         finally:
             memory.pool.close()
         transfer_s = time.monotonic() - begun
@@ -113,11 +121,13 @@ async def run_export(plan: RunPlan, events: EventStream) -> Outcome:
         verdicts, receipt = await _verify(plan, stored)
         bottleneck = find_bottleneck(plan.meters, transfer_s)
         manifest = _manifest(plan, stored, recorder, verdicts, receipt, bottleneck.sentence, time.monotonic() - begun)
+        manifest = replace(manifest, series=over_time.series(plan.meters).to_json())
         manifest_uri = await plan.writer.publish(manifest.to_json())
     except BaseException as error:
         await _withdraw(plan, error)
         raise
-    manifest_path = await _keep_local_copy(plan, stored, manifest)
+    with anyio.CancelScope(shield=True):  # the image is the result: a signal comes too late to undo it
+        manifest_path = await _keep_local_copy(plan, stored, manifest, manifest_uri)
     emit(ImagePublished(uri=stored.uri, manifest_uri=manifest_uri))
     outcome = Outcome(
         uri=stored.uri,
@@ -132,7 +142,7 @@ async def run_export(plan: RunPlan, events: EventStream) -> Outcome:
         manifest_uri=manifest_uri,
         manifest_path=manifest_path,
         manifest=manifest,
-        leaked_bytes=memory.leaked,
+        leaked_bytes=memory.leaked + compressed.charged,
     )
     emit(
         RunFinished(
@@ -153,10 +163,10 @@ async def run_export(plan: RunPlan, events: EventStream) -> Outcome:
 # -- transfer ---------------------------------------------------------------------------------------------------------
 
 
-async def _transfer(plan: RunPlan, recorder: MapRecorder, memory: Memory) -> StoredImage:
+async def _transfer(plan: RunPlan, recorder: MapRecorder, memory: Memory, compressed: Ledger) -> StoredImage:
     """Move every byte through the chain and seal; checks what every edge carried."""
-    segments = _segments(plan, recorder, memory)
-    writer_meter = plan.meters[len(plan.functions) + 2]
+    segments = _segments(plan, recorder, memory, compressed)
+    writer_meter = plan.meter(plan.chain.writer.name)
     done_meter = StageMeter("engine")
     channels: list[Channel[Any]] = [
         Channel(depth=_DEPTH, sender=segment_meters[-1], receiver=next_meter)
@@ -174,8 +184,8 @@ async def _transfer(plan: RunPlan, recorder: MapRecorder, memory: Memory) -> Sto
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(collect)
             inlet: Channel[Any] | None = None
-            for (segment, _), outlet in zip(segments, channels, strict=True):
-                tasks.start_soon(_stage, segment.run, inlet, outlet)
+            for (run, _), outlet in zip(segments, channels, strict=True):
+                tasks.start_soon(_stage, run, inlet, outlet)
                 inlet = outlet
             tasks.start_soon(_stage, plan.writer.run, inlet, result)
     except BaseExceptionGroup as group:
@@ -189,15 +199,21 @@ async def _transfer(plan: RunPlan, recorder: MapRecorder, memory: Memory) -> Sto
     return stored[0]
 
 
-async def _stage(run: Callable[[Any, Any], Awaitable[None]], inlet: Any, outlet: Channel[Any]) -> None:
+async def _stage(run: _Run, inlet: Any, outlet: Channel[Any]) -> None:
     """Run one stage; its outlet ends only when it returned normally."""
     await run(inlet, outlet)
     outlet.end()
 
 
-def _segments(plan: RunPlan, recorder: MapRecorder, memory: Memory) -> list[tuple[Segment, list[StageMeter]]]:
-    """The stages before the writer: one segment when fused, else one per stage."""
+_Run = Callable[[Any, Any], Awaitable[None]]
+
+
+def _segments(
+    plan: RunPlan, recorder: MapRecorder, memory: Memory, compressed: Ledger
+) -> list[tuple[_Run, list[StageMeter]]]:
+    """The stages before the writer: up to the encoder one segment when fused, else one per stage; then the others."""
     meters = plan.meters[: len(plan.functions) + 2]
+    marks = Marks(plan.checkpoints, plan.compressor) if plan.compressor else None
     shared: dict[str, Any] = {
         "memory": memory,
         "disk_size": plan.info.size,
@@ -205,30 +221,41 @@ def _segments(plan: RunPlan, recorder: MapRecorder, memory: Memory) -> list[tupl
         "threads": plan.context.threads,
         "workers": plan.memory_plan.workers,
     }
-    if plan.fuse:
-        whole = Segment(
-            source=plan.source,
-            functions=plan.functions,
-            encoder=plan.encoder,
-            meters=meters,
-            observed=recorder.observe,
-            checkpoints=plan.checkpoints,
-            **shared,
-        )
-        return [(whole, meters)]
-    segments = [(Segment(source=plan.source, functions=[], encoder=None, meters=meters[:1], **shared), meters[:1])]
-    for function, meter in zip(plan.functions, meters[1:-1], strict=True):
-        segments.append((Segment(source=None, functions=[function], encoder=None, meters=[meter], **shared), [meter]))
-    last = Segment(
-        source=None,
-        functions=[],
-        encoder=plan.encoder,
-        meters=meters[-1:],
-        observed=recorder.observe,
-        checkpoints=plan.checkpoints,
+    last: dict[str, Any] = {
+        "encoder": plan.encoder,
+        "observed": recorder.observe,
+        "checkpoints": marks or plan.checkpoints,
         **shared,
-    )
-    return [*segments, (last, meters[-1:])]
+    }
+    segments: list[tuple[_Run, list[StageMeter]]] = []
+    if plan.fuse:
+        whole = Segment(source=plan.source, functions=plan.functions, meters=meters, **last)
+        segments.append((whole.run, meters))
+    else:
+        first = Segment(source=plan.source, functions=[], encoder=None, meters=meters[:1], **shared)
+        segments.append((first.run, meters[:1]))
+        for function, meter in zip(plan.functions, meters[1:-1], strict=True):
+            one = Segment(source=None, functions=[function], encoder=None, meters=[meter], **shared)
+            segments.append((one.run, [meter]))
+        encoding = Segment(source=None, functions=[], meters=meters[-1:], **last)
+        segments.append((encoding.run, meters[-1:]))
+    if plan.compressor and marks:
+        meter = plan.meter(plan.chain.compressors[0].name)
+        compressing = CompressingSegment(
+            plan.compressor,
+            window=plan.context.window,
+            ledger=compressed,
+            made_max=plan.compressed_max,
+            meter=meter,
+            threads=plan.context.threads,
+            workers=plan.memory_plan.workers,
+            checkpoints=plan.checkpoints,
+            marks=marks,
+        )
+        segments.append((compressing.run, [meter]))
+    for stage, check in zip(plan.chain.checks, plan.checks, strict=True):
+        segments.append((check.run, [plan.meter(stage.name)]))
+    return segments
 
 
 def _check_conservation(plan: RunPlan, channels: list[Channel[Any]]) -> None:
@@ -337,7 +364,8 @@ def _reloader(plan: RunPlan) -> Callable[[int, int], AsyncIterator[Block]]:
                 size = min(window, plan.info.size - start)
                 lease = await pool.lease()
                 wanted = Block(start, size, None, (Run(start, size, Content.DATA, Why.READ),))
-                await anyio.to_thread.run_sync(plan.source.load, wanted, lease.buffer, limiter=plan.context.threads)
+                load = await make_load(plan.source, wanted)
+                await anyio.to_thread.run_sync(load, lease.buffer, limiter=plan.context.threads)
                 yield replace(wanted, data=lease.into_slice(size))
         finally:
             pool.close()
@@ -361,11 +389,13 @@ async def _withdraw(plan: RunPlan, error: BaseException) -> None:
             ) from error
 
 
-async def _keep_local_copy(plan: RunPlan, stored: StoredImage, manifest: Manifest) -> Path | None:
+async def _keep_local_copy(plan: RunPlan, stored: StoredImage, manifest: Manifest, manifest_uri: str) -> Path | None:
     """Write the manifest beside the TOML or where [export] says. The image is published: failing undoes nothing."""
     export = plan.config.export
     name = stored.uri.rstrip("/").rpartition("/")[2]
     path = export.manifest or plan.config.file.parent / (name + MANIFEST_SUFFIX)
+    if path.absolute() == Path(manifest_uri):
+        return path  # the writer has put it there already, safe from a power loss
     try:
         async with aiofiles.open(path, "wb") as file:
             await file.write(manifest.to_json())
@@ -390,7 +420,7 @@ def _manifest(
     if verdicts:
         state = "identical" if any(verdict.state == "identical" for verdict in verdicts) else "unproven"
     facts = {}
-    for stage in (plan.chain.source, *plan.chain.functions, plan.chain.encoder):
+    for stage in plan.chain.stages:
         for fact in stage.spec.provides:
             value: Any = plan.context.facts.find(fact)
             if hasattr(value, "to_json"):
@@ -416,7 +446,10 @@ def _manifest(
         ),
         state=state,
         facts=facts,
-        options={stage.spec.name: _shown(stage.options) for stage in plan.chain.stages},
+        options={
+            "export": _shown(plan.config.export),
+            **{stage.spec.name: _shown(stage.options) for stage in plan.chain.stages},
+        },
         receipt=receipt.proofs if receipt else (),
         verdicts=tuple(_shown(verdict) for verdict in verdicts),
         versions={"disk-pipeline": __version__, "python": platform.python_version(), **_library_versions()},
@@ -439,9 +472,9 @@ def _shown(value: Any) -> dict[str, Any]:
             return {str(key): plain(one) for key, one in item.items()}
         if isinstance(item, range):
             return [item.start, item.stop]
-        if item is None or isinstance(item, (bool, int, float, str)):
+        if item is None or isinstance(item, (bool, int, float)):
             return item
-        return str(item)
+        return without_secrets(str(item))
 
     return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
 

@@ -119,6 +119,52 @@ class Piece:
             self.data.release()
 
 
+@dataclass(slots=True)
+class ImageWindow:
+    """Bytes of an image that are compressed together: one window of it, the shorter last one, or only zeros.
+
+    Zeros may be any number of whole windows. What no part covers is zero. Whoever receives it owns its slices.
+
+    Attributes:
+        offset, length: image bytes, before compressing.
+        parts: (start in the window, bytes), ascending; a buffer may be longer than the window.
+        guest_bytes: how much of the disk it accounts for.
+    """
+
+    offset: int
+    length: int
+    parts: list[tuple[int, Slice | bytes | bytearray]]
+    guest_bytes: int
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether nothing in it has to be looked at."""
+        return not self.parts
+
+    def joined(self) -> memoryview:
+        """All of it in one stretch of memory, borrowed where one part is all there is, else copied. Threads: any."""
+        if len(self.parts) == 1:
+            only = _view(self.parts[0][1])
+            if only.nbytes >= self.length:
+                return only[: self.length]
+        whole = memoryview(bytearray(self.length))
+        for start, data in self.parts:
+            view = _view(data)[: self.length - start]
+            whole[start : start + view.nbytes] = view
+        return whole
+
+    def release(self) -> None:
+        """Give the slices back."""
+        for _, data in self.parts:
+            if isinstance(data, Slice):
+                data.release()
+        self.parts = []
+
+
+def _view(data: Slice | bytes | bytearray) -> memoryview:
+    return data.view if isinstance(data, Slice) else memoryview(data)
+
+
 class RangeReader(Protocol):
     """Random reads of a stored object or file. Safe to call concurrently from many tasks."""
 

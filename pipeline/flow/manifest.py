@@ -59,11 +59,12 @@ class Manifest:
 
     Attributes:
         facts: what the stages left for later readers, by fact name; "guest digest" has algorithm, root and leaves.
-        options: TOML name of each stage to its option values; secrets are masked.
+        options: TOML name of each stage, and "export", to its option values; secrets are masked.
         receipt: (what, ours, theirs) values that the store confirmed.
         verdicts: what the verifications found; empty means "stored, not verified".
         versions: of this program, of Python, and of every codec and library that shapes bytes.
         timings: per stage, seconds working / waiting for input / for output / for a buffer.
+        series: how it went over time, see `pipeline.flow.series.Series.to_json`; for the report.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Manifest:
     timings: dict[str, dict[str, float]] = field(default_factory=dict)
     bottleneck: str = ""
     elapsed_s: float = 0.0
+    series: dict[str, Any] = field(default_factory=dict)
     version: int = VERSION
 
     @property

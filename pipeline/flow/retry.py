@@ -24,15 +24,17 @@ class RetryPolicy:
     """How often, how long and how patiently.
 
     Attributes:
-        attempts: calls in all, the first one included.
-        deadline_s: no attempt begins later than this after the last sign of life of the store. 100 s leaves 20 s of
-            the 120 s in which a dead store has to end a run for the clean-up.
+        attempts: calls in all, the first one included. One that a busy store refused (503 SlowDown) does not count:
+            it was answered, and the whole run goes slower from then on.
+        deadline_s: no attempt begins later than this after the last sign of life of the store. A silent store takes
+            30 s to be found out by the last attempt and 15 s by the clean-up: 70 s end a run within 120 s. For
+            refusals of a busy store it counts from the last call that any part of the run got through.
         first_wait_s: the wait after the first failure is at most this; it doubles with every further one.
         longest_wait_s: ... up to this, unless the store asks for more.
     """
 
     attempts: int = 6
-    deadline_s: float = 100.0
+    deadline_s: float = 70.0
     first_wait_s: float = 0.5
     longest_wait_s: float = 20.0
 
@@ -64,6 +66,7 @@ class Retry:
         self._stage = stage
         self._chance = chance or random.Random()
         self._alive_at = float("-inf")
+        self._done_at = float("-inf")
 
     def alive(self) -> None:
         """The store gave a sign of life: an answer, or it took many bytes. Deadlines count from here."""
@@ -80,6 +83,7 @@ class Retry:
         """
         budget = policy or self.policy
         begun = self._clock.now()
+        refusals: list[float] = []  # when a busy store refused this call
 
         def wait(state: RetryCallState) -> float:
             bound = min(budget.longest_wait_s, budget.first_wait_s * 2 ** (state.attempt_number - 1))
@@ -89,9 +93,13 @@ class Retry:
             return max(asked or 0.0, self._chance.uniform(0, bound))
 
         def spent(state: RetryCallState) -> bool:
-            if state.attempt_number >= budget.attempts:
+            if _failure(state).throttled:
+                refusals.append(self._clock.now())
+                ends = max(refusals[0], self._done_at) + budget.deadline_s
+            elif state.attempt_number - len(refusals) >= budget.attempts:
                 return True
-            ends = max(begun, self._alive_at) + budget.deadline_s
+            else:
+                ends = max(begun, self._alive_at) + budget.deadline_s
             return self._clock.now() + state.upcoming_sleep > ends
 
         def tell(state: RetryCallState) -> None:
@@ -118,6 +126,7 @@ class Retry:
         )
         result: T = await retrying(once)
         self.alive()
+        self._done_at = self._clock.now()
         return result
 
 

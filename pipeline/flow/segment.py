@@ -8,7 +8,7 @@ between; the image is the same.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,21 +16,23 @@ import anyio
 
 from pipeline.errors import StageError
 from pipeline.flow.buffers import Charge, Lease, Memory
-from pipeline.flow.channels import Channel, Inlet
-from pipeline.flow.items import Block, tiles
+from pipeline.flow.channels import Inlet, Outlet
+from pipeline.flow.items import Block, Piece, tiles
 from pipeline.flow.meter import StageMeter
 from pipeline.flow.parallel import in_thread, ordered_map
-from pipeline.flow.replay import Checkpoints
-from pipeline.flow.stage import Encoder, FunctionStage, Source
+from pipeline.flow.replay import Checkpoints, Marks
+from pipeline.flow.stage import Encoder, FunctionStage, Source, make_load
 
 
 @dataclass(slots=True)
 class _Job:
-    """One window on its way to a thread; a skip has neither lease nor charge."""
+    """One window on its way to a thread; a skip has neither lease nor charge. `load` fills the leased buffer."""
 
     block: Block
     lease: Lease | None = None
     charge: Charge | None = None
+    load: Callable[[memoryview], None] | None = None
+    fetched_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -67,7 +69,7 @@ class Segment:
         threads: anyio.CapacityLimiter,
         workers: int,
         observed: Callable[[Block], None] | None = None,
-        checkpoints: Checkpoints | None = None,
+        checkpoints: Checkpoints | Marks | None = None,
     ) -> None:
         self._source = source
         self._functions = functions
@@ -82,7 +84,7 @@ class Segment:
         self._observed = observed
         self._checkpoints = checkpoints
 
-    async def run(self, inlet: Inlet[Block] | None, outlet: Channel[Any]) -> None:
+    async def run(self, inlet: Inlet[Block] | None, outlet: Outlet[Any]) -> None:
         """Take every block, then finish the stages in order. The engine ends the outlet."""
         if self._source:
             blocks = self._source.windows(self._window)
@@ -101,10 +103,7 @@ class Segment:
         if self._encoder:
             if self._checkpoints:
                 self._checkpoints.before_end(self._encoder)
-            for piece in self._encoder.finish():
-                await outlet.send(piece)
-            if self._checkpoints:
-                self._checkpoints.placed(self._encoder.position)
+            await self._send(self._encoder.finish(), outlet)
 
     async def _admit(self, blocks: AsyncIterator[Block]) -> AsyncIterator[_Job]:
         """Give every window its memory before it enters a thread, in guest order: the next in turn always has it."""
@@ -122,6 +121,10 @@ class Segment:
     async def _work(self, job: _Job) -> _Done:
         if job.lease is None and job.block.data is None:
             return self._process(job)
+        if self._source and job.lease is not None:
+            begun = time.perf_counter()
+            job.load = await make_load(self._source, job.block)
+            job.fetched_s = time.perf_counter() - begun
         return await in_thread(self._threads, lambda: self._process(job))
 
     def _process(self, job: _Job) -> _Done:
@@ -130,10 +133,11 @@ class Segment:
         block = job.block
         before = time.perf_counter()
         if self._source:
-            if job.lease is not None:
-                self._source.load(block, job.lease.buffer)
+            if job.lease is not None and job.load is not None:
+                job.load(job.lease.buffer)
                 block = Block(block.offset, block.length, job.lease.into_slice(block.length), block.runs)
             before = _lap(done.spent_s, before)
+            done.spent_s[0] += job.fetched_s
         for function in self._functions:
             block, note = function.apply(block)
             done.notes.append(note)
@@ -148,7 +152,7 @@ class Segment:
             _lap(done.spent_s, before)
         return done
 
-    async def _place(self, done: _Done, outlet: Channel[Any]) -> None:
+    async def _place(self, done: _Done, outlet: Outlet[Any]) -> None:
         if done.block.offset != self._position or not tiles(done.block.runs, done.block.offset, done.block.length):
             raise StageError("blocks do not tile the disk", expected=self._position, offset=done.block.offset)
         self._position = done.block.end
@@ -165,10 +169,13 @@ class Segment:
             return
         if self._checkpoints:
             self._checkpoints.before(self._encoder, done.block)
-        placed = list(self._encoder.place(done.prepared))
-        if self._checkpoints:
-            self._checkpoints.placed(self._encoder.position)
+        await self._send(self._encoder.place(done.prepared), outlet)
+
+    async def _send(self, placed: Iterable[Piece], outlet: Outlet[Any]) -> None:
+        # One after the other: what an encoder makes on the way (tables) need not be in memory all at once.
         for piece in placed:
+            if self._checkpoints:
+                self._checkpoints.placed(piece.end)
             await outlet.send(piece)
 
 

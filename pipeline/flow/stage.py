@@ -1,9 +1,10 @@
 """What a stage is, the shapes it can have, and how it declares itself.
 
-    Source         knows a map of the disk and loads any range of it again and again
+    Source         knows a map of the disk and loads, or fetches, any range of it again and again
     FunctionStage  a pure, threaded function of one block, whose notes are observed in order
     Encoder        prepare (threaded) / place (ordered) / finish / checkpoint / restore
-    Stage          one task with an inlet and an outlet: compressors, writers
+    Compressor     the same shape, over windows of the image instead of blocks of the disk
+    Stage          one task with an inlet and an outlet: writers, checks of the image
     Verifier       looks at a sealed image and gives a verdict
 
 The SPEC of a stage is the only place where its name, help and ports are written.
@@ -14,7 +15,8 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import anyio
 
@@ -23,7 +25,8 @@ from pipeline.events import Event
 from pipeline.flow.buffers import Charge, Ledger
 from pipeline.flow.channels import Inlet, Outlet
 from pipeline.flow.facts import Fact, Facts
-from pipeline.flow.items import Block, Piece, StoredImage, Verdict
+from pipeline.flow.items import Block, ImageWindow, Piece, StoredImage, Verdict
+from pipeline.flow.mapping import DataMap
 from pipeline.flow.meter import StageMeter
 from pipeline.flow.orders import Order, Traits
 
@@ -110,6 +113,9 @@ class Layout:
         made_max: bytes that preparing one full window can make, charged to the ledger before; 0 where the encoder
             passes the window's own slice on.
         grain: zero runs are useful to the encoder from this length and alignment on, in guest bytes.
+        notes: sentences that a person should read before the start: a size that was rounded up and why, a limit that
+            the image may meet.
+        map: what the map pass found, for an encoder that asked for one (`StageSpec.map_unit`).
     """
 
     format: str
@@ -119,6 +125,8 @@ class Layout:
     image_bytes: int | None = None
     made_max: int = 0
     grain: int = 65536
+    notes: tuple[str, ...] = ()
+    map: DataMap | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,12 +136,14 @@ class LayoutRequest:
     Attributes:
         head_minimum: a HEAD_LAST sink wants the head at least this long (the smallest part of a store); the bytes that
             the format does not need there are zero.
+        map: which units of the disk hold data, after a map pass; None before it: then the layout of a full disk.
     """
 
     disk_size: int
     window: int
     order: Order
     head_minimum: int = 0
+    map: DataMap | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,6 +219,8 @@ class SourceInfo:
         mapped_bytes: how many of them the map calls data.
         path: local path of the disk, where it has one.
         block_size: the window that the user asked for, if any.
+        own_bytes: what the source holds at most beside the run's buffers (tables, fetched bytes); comes out of the
+            run's memory.
         identity: what tells this disk from another (serial, inode, mtime ...), for manifest and resume.
     """
 
@@ -217,11 +229,12 @@ class SourceInfo:
     sector_size: int = 512
     path: str | None = None
     block_size: int | None = None
+    own_bytes: int = 0
     identity: dict[str, str] = field(default_factory=dict)
 
 
 class Source(Protocol):
-    """A map of the disk, and `load(range)`. Opened read-only, never written."""
+    """A map of the disk. Opened read-only, never written. Its bytes come by `load` or by `fetch`, whichever it has."""
 
     async def open(self) -> SourceInfo:
         """Open it and look at its size and kind. Raises SourceError or PlanError."""
@@ -230,6 +243,15 @@ class Source(Protocol):
     def windows(self, window: int, start: int = 0) -> AsyncIterator[Block]:
         """The disk from `start` (a window boundary) as blocks without data: whole aligned windows, and long skips."""
         ...
+
+    async def close(self) -> None:
+        """Close it; idempotent."""
+        ...
+
+
+@runtime_checkable
+class LoadingSource(Source, Protocol):
+    """A source that a thread reads."""
 
     def load(self, block: Block, buffer: memoryview) -> None:
         """Fill `buffer[:block.length]` with the block's bytes; its zero runs are zeroed, not read.
@@ -240,9 +262,27 @@ class Source(Protocol):
         """
         ...
 
-    async def close(self) -> None:
-        """Close it; idempotent."""
+
+@runtime_checkable
+class FetchingSource(Source, Protocol):
+    """A source whose input has to be awaited: the engine fetches on the event loop, and decodes in a thread."""
+
+    async def fetch(self, block: Block) -> Callable[[memoryview], None]:
+        """Read what the block needs. What comes back fills a buffer as `load` does, in any thread.
+
+        Raises:
+            SourceError, FormatError, StoreError: it can't be read, or is damaged.
+        Cancellation: at once.
+        """
         ...
+
+
+async def make_load(source: Source, block: Block) -> Callable[[memoryview], None]:
+    """The threaded call that fills a buffer with the block; what has to be awaited for it was awaited here."""
+    if isinstance(source, FetchingSource):
+        return await source.fetch(block)
+    assert isinstance(source, LoadingSource), "a source has load or fetch"  # the catalog's contract test
+    return partial(source.load, block)
 
 
 class FunctionStage(Protocol[Note]):
@@ -291,6 +331,41 @@ class Encoder(Protocol[P]):
 
     def checkpoint(self) -> bytes:
         """All of the state at a block boundary, small."""
+        ...
+
+    def restore(self, state: bytes) -> None:
+        """Go back to a checkpoint, in this process or another, with the same options and layout."""
+        ...
+
+
+class Compressor(Protocol[P]):
+    """Turns the pieces of an image, in sequence, into those of another. Keeps no state outside its checkpoint.
+
+    An encoder over windows of the image: the same calls, under the same rules.
+    """
+
+    @property
+    def position(self) -> int:
+        """Offset behind the last byte placed, in the image that it makes."""
+        ...
+
+    def prepare(self, window: ImageWindow, charge: Charge | None) -> P:
+        """Compress one window. Takes over its slices and `charge` (`Layout.made_max` bytes; None for zeros).
+
+        Threads: any, several at once; keeps no state.
+        """
+        ...
+
+    def place(self, prepared: P) -> Iterable[Piece]:
+        """Assign offsets, in image order, on the event loop; cheap. The caller owns the pieces."""
+        ...
+
+    def finish(self) -> Iterable[Piece]:
+        """What follows the last window; leaves facts."""
+        ...
+
+    def checkpoint(self) -> bytes:
+        """All of the state at a window boundary, small."""
         ...
 
     def restore(self, state: bytes) -> None:
@@ -382,11 +457,19 @@ class StageSpec:
             protocols above.
         provides, needs: facts that the stage leaves, or reads.
         layout: for encoders: `layout(options, request)`, pure; raises PlanError.
+        wrap: for compressors: `wrap(options, layout, window)`: the layout of what it makes of an image of `layout`.
+        orders: for stages whose options decide on it: those orders of `gives` that these options can produce, the
+            best first; of `takes` for a check of the image.
+        orders_hint: why these options allow no other order, and what would work; empty where there is nothing to say.
+        map_unit: for encoders that need to know, for these options and in this order, which units of the disk hold
+            data before the first byte: the length of a unit in guest bytes; else None.
+        holds_stdout: for writers: whether these options put the image on stdout.
         sink: for writers: what the target can do.
         checkpointed: for encoders and compressors: False where the state can't be saved (OVA), with the reason in
             `summary`.
         image: whether the option values shape the image's bytes (then they go into the manifest as such).
-        open_reader: for writers: opens a stored object by URL for reading, where `schemes` names the URL schemes.
+        open_reader: opens a stored object by URL for reading, where `schemes` names the URL schemes. Of writers, and of
+            the source that reads what no writer stores.
     """
 
     name: str
@@ -398,6 +481,11 @@ class StageSpec:
     provides: tuple[Fact[Any], ...] = ()
     needs: tuple[Fact[Any], ...] = ()
     layout: Callable[[Any, LayoutRequest], Layout] | None = None
+    wrap: Callable[[Any, Layout, int], Layout] | None = None
+    orders: Callable[[Any], tuple[Order, ...]] | None = None
+    orders_hint: Callable[[Any], str] | None = None
+    map_unit: Callable[[Any, Order], int | None] | None = None
+    holds_stdout: Callable[[Any], bool] | None = None
     sink: Traits | None = None
     checkpointed: bool = True
     schemes: tuple[str, ...] = ()
@@ -407,6 +495,15 @@ class StageSpec:
     def role(self) -> str:
         """The first half of the name: read, checksum, sparse, encode, compress, write, verify."""
         return self.name.partition(".")[0]
+
+    @property
+    def checks_image(self) -> bool:
+        """Whether it looks at the pieces of the image that pass through, right before the writer."""
+        return self.role == "checksum" and self.takes.item == "pieces"
+
+    def orders_of(self, options: Any) -> tuple[Order, ...]:
+        """The orders that it gives with these options, the best first; all of `gives` where `options` is None."""
+        return self.gives.orders if self.orders is None or options is None else self.orders(options)
 
 
 class Catalog:

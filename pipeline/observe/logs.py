@@ -10,8 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Literal
 
-import structlog
-
 from pipeline.errors import ConfigError, Fault
 from pipeline.events import (
     Event,
@@ -45,26 +43,38 @@ def level_of(event: Event) -> Level:
 class RunLog:
     """A subscriber that writes one line an event. Made by `open_log` or `stderr_log`; closed by its owner."""
 
-    def __init__(
-        self, write: Callable[[str], None], *, level: Level, renderer: Any, file: IO[str] | None = None
-    ) -> None:
+    def __init__(self, write: Callable[[str], None], *, level: Level, file: IO[str] | None = None) -> None:
+        self._write = write
+        self._level = level
         self._file = file
-        self._log = structlog.wrap_logger(
-            _Lines(write),
-            processors=[
-                structlog.processors.add_log_level,
-                *([structlog.processors.TimeStamper(fmt="iso", utc=True)] if file else []),
-                renderer,
-            ],
-            wrapper_class=structlog.make_filtering_bound_logger(_NUMBERS[level]),
-        )
+        self._made: Any = None
         self.is_file = file is not None
+        if self.is_file:
+            _ = self._log  # a file is written to at once
+
+    @property
+    def _log(self) -> Any:
+        """The logger, made for the first line: most runs without a log file have nothing to say, and importing
+        structlog takes a sixth of the time to the first byte (perf/cases/startup.py)."""
+        if self._made is None:
+            import structlog
+
+            stamp = [structlog.processors.TimeStamper(fmt="iso", utc=True)] if self._file else []
+            renderer = structlog.processors.JSONRenderer(default=str) if self._file else _KeysAndValues()
+            self._made = structlog.wrap_logger(
+                _Lines(self._write),
+                processors=[structlog.processors.add_log_level, *stamp, renderer],
+                wrapper_class=structlog.make_filtering_bound_logger(_NUMBERS[self._level]),
+            )
+        return self._made
 
     def __call__(self, event: Event) -> None:
         """Log one event under its type, with its fields."""
         if isinstance(event, RunFailed) and not self.is_file:
             return  # whoever ends the run says it on stderr, with the hint
-        self._log.log(_NUMBERS[level_of(event)], event_type(event), **dataclasses.asdict(event))
+        number = _NUMBERS[level_of(event)]
+        if number >= _NUMBERS[self._level]:
+            self._log.log(number, event_type(event), **dataclasses.asdict(event))
 
     def failure(self, error: BaseException) -> None:
         """Log an error that nobody foresaw, with its traceback."""
@@ -102,13 +112,13 @@ def open_log(path: Path, level: Level, *, asked_by: str = "--log-file") -> RunLo
             broken = True
             _to_stderr(f"the log {path} ends here: {error.strerror}")
 
-    return RunLog(write, level=level, renderer=structlog.processors.JSONRenderer(default=str), file=file)
+    return RunLog(write, level=level, file=file)
 
 
 def stderr_log(level: Level) -> RunLog:
     """Write key=value lines to stderr: warnings and errors, everything at level debug."""
     least: Level = level if level in ("debug", "error") else "warning"
-    return RunLog(_to_stderr, level=least, renderer=_KeysAndValues())
+    return RunLog(_to_stderr, level=least)
 
 
 def _to_stderr(line: str) -> None:
@@ -128,7 +138,9 @@ class _KeysAndValues:
     """`warning: retry_scheduled stage=write.s3 attempt=2 reason="503 SlowDown"`."""
 
     def __init__(self) -> None:
-        self._fields = structlog.processors.LogfmtRenderer()
+        from structlog.processors import LogfmtRenderer
+
+        self._fields = LogfmtRenderer()
 
     def __call__(self, logger: Any, name: str, values: Any) -> str:
         head = f"{values.pop('level')}: {values.pop('event')}"

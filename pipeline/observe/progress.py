@@ -146,7 +146,8 @@ class LineDisplay:
         """Print what an event means, if it means anything."""
         self._track.follow(event)
         if isinstance(event, RunPlanned):
-            self._write(planned_line(event))
+            for line in planned_lines(event):
+                self._write(line)
         elif isinstance(event, ProgressSampled):
             if event.elapsed_s >= self._next_s:
                 self._next_s = event.elapsed_s + LINE_EVERY_S
@@ -189,7 +190,8 @@ class LiveDisplay:
         self._track.follow(event)
         bars = self._bars or self._start()
         if isinstance(event, RunPlanned):
-            bars.console.print(planned_line(event), markup=False, highlight=False)
+            for line in planned_lines(event):
+                bars.console.print(line, markup=False, highlight=False)
             self._export = bars.add_task("export", total=event.disk_bytes, amount="", pace="")
         elif isinstance(event, ProgressSampled) and self._export is not None:
             amount = f"{format_size(event.acked_bytes)} of {format_size(event.disk_bytes)}"
@@ -240,9 +242,10 @@ class LiveDisplay:
         return self._bars
 
 
-def planned_line(event: RunPlanned) -> str:
-    """`20 GiB disk, 5.2 GiB of it to read -> s3://images/web01.qcow2`."""
-    return f"{format_size(event.disk_bytes)} disk, {format_size(event.mapped_bytes)} of it to read -> {event.target}"
+def planned_lines(event: RunPlanned) -> list[str]:
+    """`20 GiB disk, 5.2 GiB of it to read -> s3://images/web01.qcow2`, and what there is to note."""
+    sizes = f"{format_size(event.disk_bytes)} disk, {format_size(event.mapped_bytes)} of it to read"
+    return [f"{sizes} -> {event.target}", *(f"note: {note}" for note in event.notes)]
 
 
 def phase_line(event: Event) -> str:

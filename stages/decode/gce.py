@@ -30,6 +30,7 @@ class GceImage(MappedImage):
     """An open GCE archive. Read it in ascending order."""
 
     format = "gce"
+    is_packed = True
 
     def __init__(self, stream: InflatedStream, member: Member) -> None:
         super().__init__(stream, member.size)

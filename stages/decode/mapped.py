@@ -18,6 +18,7 @@ from pipeline.errors import FormatError
 from pipeline.flow.items import RangeReader
 from pipeline.units import GiB, KiB, MiB
 from stages.decode.image import READ_MAX, Extent, Fetched, Stretch, fill, gather, tile
+from stages.decode.places import Place
 from stages.decode.refusal import corrupt
 
 # One page of a table: a range read costs a round trip, and neighbours are wanted next.
@@ -111,9 +112,11 @@ class MappedImage(ABC):
 
     Attributes:
         format, size, warnings: as in `DecodedImage`.
+        is_packed: the file as a whole is compressed, so that offsets in it mean nothing to its users.
     """
 
     format = ""
+    is_packed = False
 
     def __init__(self, reader: RangeReader, size: int, warnings: tuple[str, ...] = ()) -> None:
         self._reader = reader
@@ -161,6 +164,17 @@ class MappedImage(ABC):
         made = bytearray(length)
         self.decode(await self.fetch(offset, length), memoryview(made))
         return bytes(made)
+
+    async def places(self, offset: int, length: int) -> AsyncIterator[Place]:
+        """What is stored of the range and where; what is left out reads as zero."""
+        self._check_range(offset, length)
+        room = self._reader.size
+        async for one in self._stretches(offset, offset + length):
+            room -= one.stored if one.packed_from is None else min(one.stored, _PACKED_MIN)
+            if room < 0:
+                raise self._corrupt("its tables point to more data than the image holds: blocks overlap", one.at)
+            is_plain = one.packed_from is None and not self.is_packed
+            yield Place(one.offset, one.length, "data" if is_plain else "packed", one.at if is_plain else None)
 
     def _check_range(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.size:

@@ -11,6 +11,7 @@ from stages.decode.framed import CODECS, open_framed
 from stages.decode.gce import open_gce
 from stages.decode.image import DecodedImage
 from stages.decode.ova import open_ova
+from stages.decode.overlay import OverlayImage
 from stages.decode.qcow2 import open_qcow2
 from stages.decode.raw import open_raw
 from stages.decode.vhd import open_vhd
@@ -43,6 +44,7 @@ async def open_image(
     extents: Extents | None = None,
     member: str = "",
     index: FrameIndex | None = None,
+    backing: DecodedImage | None = None,
 ) -> DecodedImage:
     """Open an image for reading, also one that a compressor packed: "raw+lz4" is a raw image in lz4 frames.
 
@@ -53,6 +55,7 @@ async def open_image(
         strict: refuse whatever our own encoders never write. For verification.
         extents: the files of a VMDK that has several, in the order of its descriptor or by the names in it. Borrowed.
         member: the disk inside of an OVA that has several.
+        backing: what a qcow2 image that is an overlay lies on. Borrowed; a name inside the image is never looked at.
         index: of the frames, where a codec is named; lz4 and gzip can't be read without.
     Raises:
         FormatError: not that format, damaged, hostile, or using a feature that is not read here.
@@ -71,6 +74,12 @@ async def open_image(
         raise FormatError(f"a {format} image has no extents", operation="open", hint="Leave the extents out.")
     if member and format != "ova":
         raise FormatError(f"a {format} image has no members", operation="open", hint="Leave the member out.")
+    if backing is not None:
+        if format != "qcow2":
+            raise FormatError(
+                f"a {format} image is not read with a backing image", operation="open", hint="Leave it out."
+            )
+        return OverlayImage(await open_qcow2(reader, strict=strict, is_overlay=True), backing)
     more = {"extents": extents} if extents else {"member": member} if member else {}
     return await opener(reader, strict=strict, **more)
 

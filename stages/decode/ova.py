@@ -8,10 +8,12 @@ Source: DMTF DSP0243 (Open Virtualization Format), section 5.3 "Distribution".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
 
 from pipeline.flow.items import RangeReader
 from stages.decode.mapped import Section
+from stages.decode.places import Place
 from stages.decode.refusal import corrupt, unsupported
 from stages.decode.tar import Member, walk
 from stages.decode.vmdk import JoinedVmdk, VmdkImage, open_vmdk
@@ -47,6 +49,13 @@ class OvaImage:
         self.fetch = disk.fetch
         self.decode = disk.decode
         self.read = disk.read
+
+    async def places(self, offset: int, length: int) -> AsyncIterator[Place]:
+        """Where the range is stored in the archive."""
+        if isinstance(self.disk, JoinedVmdk):
+            return  # refused inside of an archive: it has other files
+        async for one in self.disk.places(offset, length):
+            yield one if one.at is None else replace(one, at=one.at + self.member.data)
 
 
 async def read_archive(reader: RangeReader) -> Archive:

@@ -21,6 +21,7 @@ from pipeline.flow.items import RangeReader
 from pipeline.units import MiB
 from stages.decode.compressed import Unpackable, expand_zstd, inflate
 from stages.decode.image import READ_MAX, Extent, Fetched, Stretch, fill, gather, tile
+from stages.decode.places import Place
 from stages.decode.refusal import unsupported
 
 _MAGIC = b"QFI\xfb"
@@ -145,6 +146,24 @@ class Qcow2Image:
         self.decode(await self.fetch(offset, length), memoryview(made))
         return bytes(made)
 
+    async def places(self, offset: int, length: int) -> AsyncIterator[Place]:
+        """What the image says about the range, cluster by cluster; what is left out is not allocated."""
+        self._check_range(offset, length)
+        end = offset + length
+        async for guest, entry in self._entries(offset, end):
+            start = max(guest, offset)
+            size = min(guest + self._header.cluster, end) - start
+            if entry & _COMPRESSED:
+                self._packed(guest, entry)
+                yield Place(start, size, "packed")
+                continue
+            host = self._plain_offset(guest, entry)
+            if host is not None:
+                yield Place(start, size, "data", host + start - guest)
+            elif entry & _READS_AS_ZERO:
+                host = entry & _OFFSET_MASK
+                yield Place(start, size, "zero", host + start - guest if host else None)
+
     def _check_range(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.size:
             raise ValueError(f"[{offset}, {offset + length}) is not inside a disk of {self.size} bytes")
@@ -242,19 +261,20 @@ class Qcow2Image:
         return at, min(end, self._reader.size) - at
 
 
-async def open_qcow2(reader: RangeReader, *, strict: bool = False) -> Qcow2Image:
+async def open_qcow2(reader: RangeReader, *, strict: bool = False, is_overlay: bool = False) -> Qcow2Image:
     """Read and check header and L1 table.
 
     Args:
         strict: refuse what our own encoder never writes: snapshots, a dirty bit, deflate windows above 4 KiB, clusters
             not used exactly once, a length that is not whole clusters.
+        is_overlay: the caller has the backing image, and reads what this one does not hold from it (`OverlayImage`).
     Raises:
         FormatError: not qcow2, damaged, hostile, or using a feature that is not read here.
         StoreError: it can't be read.
     """
     if reader.size < _V2_HEADER:
         raise _corrupt(f"{reader.size} bytes are too few for a qcow2 header", 0)
-    header = _parse(await reader.read(0, min(reader.size, 512)), reader.size)
+    header = _parse(await reader.read(0, min(reader.size, 512)), reader.size, is_overlay=is_overlay)
     if strict:
         _be_strict(header, reader.size)
     l1 = bytearray(header.l1_needed * 8)
@@ -264,7 +284,7 @@ async def open_qcow2(reader: RangeReader, *, strict: bool = False) -> Qcow2Image
     return Qcow2Image(reader, header, l1, strict=strict)
 
 
-def _parse(raw: bytes, image_size: int) -> Header:
+def _parse(raw: bytes, image_size: int, *, is_overlay: bool) -> Header:
     if raw[:4] != _MAGIC:
         raise _corrupt(f"the image does not begin like a qcow2 image but with {raw[:4].hex(' ')}", 0)
     version, backing, _, cluster_bits, size, crypt, l1_entries, l1_offset = struct.unpack_from(">IQIIQIIQ", raw, 4)
@@ -274,8 +294,11 @@ def _parse(raw: bytes, image_size: int) -> Header:
     if cluster_bits not in _CLUSTER_BITS:
         raise _corrupt(f"clusters of 2^{cluster_bits} bytes are not possible", 20)
     incompatible, compression = _parse_v3(raw, cluster_bits) if version == 3 else (0, "zlib")
-    if backing:
-        raise _unsupported("a backing file", 8, 'Flatten it first: "qemu-img convert" writes an image without one.')
+    if backing and not is_overlay:
+        hint = "Name it yourself (backing = [...], --backing FILE); the name inside the image is never opened."
+        raise _unsupported("a backing file", 8, hint)
+    if is_overlay and not backing:
+        raise _corrupt("a backing image was named for an image that has none", 8, hint="Leave it out.")
     if crypt:
         raise _unsupported("encryption", 32, "Decrypt it first, or read the disk inside the guest.")
     header = Header(

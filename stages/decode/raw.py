@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 
 from pipeline.flow.items import RangeReader
 from stages.decode.image import READ_MAX, Extent, Fetched, HoleAware, Stretch, fill, gather, tile
+from stages.decode.places import Place
 
 
 class RawImage:
@@ -29,6 +30,11 @@ class RawImage:
             for start in range(offset, offset + length, READ_MAX)
         ]
         return await gather(self._reader, offset, length, stretches)
+
+    async def places(self, offset: int, length: int) -> AsyncIterator[Place]:
+        """The range, each byte at its own offset; holes are zeros where the reader knows them."""
+        async for one in self.extents(offset, length):
+            yield Place(one.offset, one.length, "zero" if one.is_zero else "data", one.offset)
 
     def decode(self, fetched: Fetched, into: memoryview) -> None:
         """Copy it. Threads: any."""

@@ -1,6 +1,6 @@
-"""Codecs for single clusters: raw deflate and zstd, each cluster a stream of its own.
+"""Codecs for single clusters, grains and windows: deflate in its three framings, and zstd, each a stream of its own.
 
-Source: QCOW2 image format, "Compressed Clusters Descriptor"; RFC 1951; RFC 8878.
+Source: QCOW2 image format, "Compressed Clusters Descriptor"; RFC 1950; RFC 1951; RFC 1952; RFC 8878.
 
 Raw deflate keeps to a window of 4 KiB. The specification of qcow2 names no window, but readers inflate with -12, and
 a stream that looks further back breaks all of them but the most lenient.
@@ -74,6 +74,51 @@ def deflate(level: Level) -> Codec:
         return first + rest
 
     return Codec(f"deflate-12 zlib-ng {zlib_ng.__version__} ({ng.ZLIBNG_VERSION}) level 6", compress_small)
+
+
+def zlib_stream(level: Level) -> Codec:
+    """Deflate in zlib framing with its full window: ISA-L level 2, or libdeflate level 4.
+
+    Measured on grains of 64 KiB of a Debian system against zlib level 6, which QEMU uses, per thread: ISA-L is 14 times
+    as fast and its streams are 9 % larger; libdeflate is 4 times as fast and its streams are 1 % larger. ISA-L level 1
+    is no faster and its streams are 10 % larger; libdeflate level 6 gains 2 % and takes twice as long.
+    """
+    if level == "fast":
+        import isal
+        from isal import igzip_lib
+
+        return Codec(f"zlib isal {isal.__version__} level 2", _igzip(igzip_lib.COMP_ZLIB))
+    import deflate as libdeflate
+
+    return Codec(
+        f"zlib libdeflate ({libdeflate.__version__}) level 4", lambda data: bytes(libdeflate.zlib_compress(data, 4))
+    )
+
+
+def gzip_member(level: Level) -> Codec:
+    """A whole gzip member without name and time, by the same libraries and levels as `zlib_stream`."""
+    if level == "fast":
+        import isal
+        from isal import igzip_lib
+
+        return Codec(f"gzip isal {isal.__version__} level 2", _igzip(igzip_lib.COMP_GZIP))
+    import deflate as libdeflate
+
+    return Codec(
+        f"gzip libdeflate ({libdeflate.__version__}) level 4", lambda data: bytes(libdeflate.gzip_compress(data, 4))
+    )
+
+
+def _igzip(framing: int) -> Callable[[memoryview | bytes], bytes]:
+    from isal import igzip_lib
+
+    igzip, memory = igzip_lib.compress, igzip_lib.MEM_LEVEL_LARGE
+
+    def compress(data: memoryview | bytes) -> bytes:
+        packed: bytes = igzip(data, 2, framing, memory, 15)
+        return packed
+
+    return compress
 
 
 def zstd(level: Level, cluster_size: int) -> Codec:

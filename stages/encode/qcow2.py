@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import PlanError, StageError
 from pipeline.flow.buffers import Charge, Slice, charged_slice, loose_slice
@@ -27,18 +26,13 @@ from pipeline.flow.items import Block, Piece, Run
 from pipeline.flow.orders import Order
 from pipeline.flow.stage import BLOCKS, Layout, LayoutRequest, StageContext, StageSpec, option, pieces
 from pipeline.units import KiB, MiB, Size, round_up
-from stages.encode.qcow2_geometry import CLUSTER_MAX, CLUSTER_MIN, plan_geometry
+from stages.encode.qcow2_geometry import CLUSTER_MAX, CLUSTER_MIN, Geometry, plan_geometry
+from stages.encode.qcow2_header import DEFLATE, ZSTD, pack_header
 
-MAGIC = b"QFI\xfb"
-VERSION = 3
-HEADER_LENGTH = 112
-ZSTD_BIT = 1 << 3  # incompatible feature: the compression type is not deflate
-COMPRESSION_TYPES = {"none": 0, "zlib": 0, "zstd": 1}
+if TYPE_CHECKING:
+    from stages.encode.qcow2_mapped import MappedQcow2Encoder
 
-# magic, version, backing file (offset, length), cluster bits, size, encryption, L1 (entries, offset), refcount table
-# (offset, clusters), snapshots (count, offset), features (incompatible, compatible, autoclear), refcount order, header
-# length, compression type and pad
-_HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQIIB7x")
+_COMPRESSION_TYPES = {"none": DEFLATE, "zlib": DEFLATE, "zstd": ZSTD}
 
 # Tables are handed on in stretches of this length, so that the longest of them (32 MiB) needs no memory of its own.
 _STRETCH = 1 * MiB
@@ -287,28 +281,12 @@ class Qcow2Encoder:
             yield Piece(size, geometry.head_length - size, None, 0)
 
     def _header(self, l1_offset: int, table_offset: int, table_clusters: int) -> bytes:
-        kind = COMPRESSION_TYPES[self._compression]
-        geometry = self._geometry
-        return _HEADER.pack(
-            MAGIC,
-            VERSION,
-            0,
-            0,
-            geometry.cluster_bits,
-            geometry.virtual_size,
-            0,
-            geometry.l1_entries,
-            l1_offset,
-            table_offset,
-            table_clusters,
-            0,
-            0,
-            ZSTD_BIT if kind else 0,
-            0,
-            0,
-            geometry.refcount_bits.bit_length() - 1,
-            HEADER_LENGTH,
-            kind,
+        return pack_header(
+            self._geometry,
+            l1_offset=l1_offset,
+            table_offset=table_offset,
+            table_clusters=table_clusters,
+            compression=_COMPRESSION_TYPES[self._compression],
         )
 
     def checkpoint(self) -> bytes:
@@ -398,6 +376,22 @@ def _touched(runs: Sequence[Run], base: int, cluster_size: int) -> list[tuple[in
     return ranges
 
 
+def build(options: Options, context: StageContext) -> Qcow2Encoder | MappedQcow2Encoder:
+    """The encoder for the order in which pieces travel."""
+    if context.order is not Order.SEQUENTIAL:
+        return Qcow2Encoder(options, context)
+    from stages.encode.qcow2_mapped import MappedQcow2Encoder
+
+    geometry = _plan_mapped(options, disk_size=context.disk_size, window=context.window)
+    return MappedQcow2Encoder(geometry, context)
+
+
+def _plan_mapped(options: Options, *, disk_size: int, window: int) -> Geometry:
+    return plan_geometry(
+        cluster_size=options.cluster_size, compressed=False, disk_size=disk_size, window=window, head_minimum=0
+    )
+
+
 def plan_layout(options: Options, request: LayoutRequest) -> Layout:
     """How long the image can get, and how long its head is.
 
@@ -405,6 +399,8 @@ def plan_layout(options: Options, request: LayoutRequest) -> Layout:
         PlanError: the clusters are too small for the disk; the hint names the smallest that work.
     """
     compressed = options.compression != "none"
+    if request.order is Order.SEQUENTIAL:
+        return _mapped_layout(options, request)
     geometry = plan_geometry(
         cluster_size=options.cluster_size,
         compressed=compressed,
@@ -422,12 +418,54 @@ def plan_layout(options: Options, request: LayoutRequest) -> Layout:
     )
 
 
+def _mapped_layout(options: Options, request: LayoutRequest) -> Layout:
+    from stages.encode.qcow2_mapped import complete_map, plan_places
+
+    geometry = _plan_mapped(options, disk_size=request.disk_size, window=request.window)
+    found = complete_map(request.map) if request.map else None
+    end = plan_places(geometry, found).end if found else None
+    return Layout(
+        format="qcow2",
+        virtual_size=geometry.virtual_size,
+        head_length=0,
+        image_bytes_max=end or geometry.worst_case[0],
+        image_bytes=end,
+        grain=int(options.cluster_size),
+        notes=("the target takes the image from its first byte to its last, so the disk is looked at twice: first for "
+               "a map of what holds data; it must not change in between",),
+        map=found,
+    )  # fmt: skip
+
+
+def orders(options: Options) -> tuple[Order, ...]:
+    """Only plain clusters have places that a map tells before they are read."""
+    return (Order.HEAD_LAST, Order.SEQUENTIAL) if options.compression == "none" else (Order.HEAD_LAST,)
+
+
+def orders_hint(options: Options) -> str:
+    """Why compressed clusters can't travel in sequence."""
+    if options.compression == "none":
+        return ""
+    return (
+        "the header of a compressed qcow2 names places that are known at its end only: set compression to "
+        '"none" (and add compress.zstd), or write a streamOptimized encode.vmdk or an encode.raw'
+    )
+
+
+def map_unit(options: Options, order: Order) -> int | None:
+    """In sequence, which clusters hold data has to be known first."""
+    return int(options.cluster_size) if order is Order.SEQUENTIAL else None
+
+
 SPEC = StageSpec(
     name="encode.qcow2",
     summary="Write a qcow2 image, compressed by default, without reading the disk twice.",
     options=Options,
     takes=BLOCKS,
-    gives=pieces(Order.HEAD_LAST),
-    build=Qcow2Encoder,
+    gives=pieces(Order.HEAD_LAST, Order.SEQUENTIAL),
+    build=build,
     layout=plan_layout,
+    orders=orders,
+    orders_hint=orders_hint,
+    map_unit=map_unit,
 )

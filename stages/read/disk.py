@@ -20,9 +20,10 @@ from typing import Literal
 from pipeline.errors import PlanError, SourceError
 from pipeline.events import FallbackTaken
 from pipeline.flow.items import Block, Content, Run, Why
+from pipeline.flow.pacing import RateLimit
 from pipeline.flow.parallel import in_thread
 from pipeline.flow.stage import BLOCKS, DISK_SIZE, NOTHING, SourceInfo, StageContext, StageSpec, option
-from pipeline.units import KiB, MiB, round_up
+from pipeline.units import KiB, MiB, Size, round_up
 
 # linux/fs.h
 _BLKGETSIZE64 = 0x80081272
@@ -41,6 +42,9 @@ class Options:
     block_size: Literal["auto", "2 MiB", "4 MiB"] = option(
         "auto", doc="The window that is read at once; auto is 2 MiB where the image is compressed, else 4 MiB."
     )
+    rate_limit: Size | None = option(
+        None, doc='Read at most this much a second, as in "200 MiB", where others need the disk too.'
+    )
 
 
 class DiskReader:
@@ -50,6 +54,7 @@ class DiskReader:
         self._path = options.path
         self._block_size = {"auto": None, "2 MiB": 2 * MiB, "4 MiB": 4 * MiB}[options.block_size]
         self._context = context
+        self._limit = RateLimit(context.clock, options.rate_limit)
         self._size = 0
         self._fd = -1
         self._map_fd = -1
@@ -129,6 +134,8 @@ class DiskReader:
         while True:
             batch = await in_thread(self._context.threads, lambda: _take(blocks, _RUNS_AT_ONCE))
             for block in batch:
+                # Before the window is handed out: what sleeps in a thread can't be cancelled.
+                await self._limit.wait(sum(run.length for run in block.runs if run.is_data))
                 yield block
             if len(batch) < _RUNS_AT_ONCE:
                 return

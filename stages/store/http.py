@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -32,12 +33,15 @@ class Timeouts:
         connect_s: name lookup, TCP and TLS.
         progress_s: without one byte going out or coming in. Waiting for the chain's next bytes does not count.
         floor_bytes_per_s: a server that takes bytes more slowly than this on average, over `progress_s` and what the
-            bytes sent so far may take, counts as stalled too.
+            bytes sent so far may take, counts as stalled too; the same for those that it gives.
+        reply_s: from the last byte of the request to the last of the reply, beside what its bytes may take. Completing
+            a large upload takes minutes, during which a store sends a space now and then.
     """
 
     connect_s: float = 10.0
     progress_s: float = 30.0
     floor_bytes_per_s: float = 16 * KiB
+    reply_s: float = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +137,7 @@ class HttpClient:
                 ),
                 auto_decompress=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
+                trace_configs=[_watching()],
                 skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
             )
         return self._session
@@ -146,6 +151,7 @@ class HttpClient:
         *,
         operation: str,
         reply_max: int = REPLY_MAX,
+        cut: bool = False,
     ) -> Reply:
         """Send one request, once, and read the reply to its end.
 
@@ -154,6 +160,7 @@ class HttpClient:
             body: its chunks are taken once. An error that they raise comes out of here unchanged.
             operation: the verb for errors.
             reply_max: a longer reply is an error.
+            cut: no error, but a body that ends after `reply_max` bytes; the connection is given up.
         Raises:
             StoreError: no reply came; temporary, with `retry_after_s=0` where a new connection may help at once.
                 A reply of any status is returned, not raised.
@@ -161,14 +168,13 @@ class HttpClient:
         """
         session = self._opened()
         begun = anyio.current_time()
-        sender = _Sender(body, self._timeouts, self._on_alive) if body is not None else None
+        watch = _Watch(self._timeouts)
+        sender = _Sender(body, watch, self._on_alive) if body is not None else None
         sent = {**headers, "Content-Length": str(body.length)} if body is not None else dict(headers)
         sent.setdefault("User-Agent", f"disk-pipeline/{__version__}")
         sent.setdefault("Accept-Encoding", "identity")
         try:
-            with anyio.CancelScope() as stalled:
-                if sender is not None:
-                    sender.scope = stalled
+            with watch.scope:
                 async with session.request(
                     method,
                     yarl.URL(url, encoded=True),
@@ -177,12 +183,18 @@ class HttpClient:
                     proxy=self._proxy,
                     allow_redirects=False,
                     middlewares=(_Once(),),
+                    trace_request_ctx=watch,
                 ) as response:
                     received = bytearray()
                     if method != "HEAD":
                         while chunk := await response.content.readany():
                             received += chunk
+                            watch.received(len(chunk))
                             if len(received) > reply_max:
+                                if cut:
+                                    del received[reply_max:]
+                                    response.close()
+                                    break
                                 raise StoreError("the reply is too long", operation=operation, limit=reply_max)
                     self._on_alive()
                     return Reply(
@@ -190,15 +202,15 @@ class HttpClient:
                         headers={name.lower(): value for name, value in response.headers.items()},
                         body=bytes(received),
                     )
-            raise self._stalled(operation, anyio.current_time() - begun)
+            raise self._stalled(operation, watch, anyio.current_time() - begun)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             if sender is not None and sender.error is not None:
                 raise sender.error from None
             raise self._converted(error, operation) from None
 
-    def _stalled(self, operation: str, after_s: float) -> StoreError:
+    def _stalled(self, operation: str, watch: _Watch, after_s: float) -> StoreError:
         return StoreError(
-            f"the store stopped taking data for {format_duration(self._timeouts.progress_s)}",
+            watch.complaint,
             temporary=True,
             operation=operation,
             endpoint=self.origin,
@@ -278,37 +290,103 @@ class _Once:
         return await handler(request)
 
 
+class _Watch:
+    """The deadlines of one request, one after the other; none while it waits for a free connection or for the chain.
+
+    aiohttp's own know neither name lookups nor proxies nor a server that takes nothing, and start anew with every byte.
+    """
+
+    def __init__(self, timeouts: Timeouts) -> None:
+        self.scope = anyio.CancelScope()
+        self.complaint = ""
+        self.timeouts = timeouts
+        self._reply_ends = float("inf")
+
+    def connecting(self) -> None:
+        """A connection is being made: name lookup, proxy, TCP, TLS."""
+        patience = self.timeouts.connect_s
+        self._until(anyio.current_time() + patience, f"no connection within {format_duration(patience)}")
+
+    def connected(self) -> None:
+        """It is made, or was there."""
+        self.scope.deadline = float("inf")
+
+    def sending(self, patience_s: float) -> None:
+        """Bytes were handed on; the next ones should be asked for before long."""
+        patience = max(0.0, min(self.timeouts.progress_s, patience_s))
+        text = f"the store stopped taking data for {format_duration(self.timeouts.progress_s)}"
+        self._until(anyio.current_time() + patience, text)
+
+    def taken(self) -> None:
+        """They were asked for; now it is the chain that takes its time."""
+        self.scope.deadline = float("inf")
+
+    def sent(self) -> None:
+        """The whole request is on its way."""
+        self._reply_ends = anyio.current_time() + self.timeouts.reply_s
+        self._until(self._reply_ends, f"the reply did not end within {format_duration(self.timeouts.reply_s)}")
+
+    def received(self, count: int) -> None:
+        """Some of the reply's body came."""
+        self._reply_ends += count / self.timeouts.floor_bytes_per_s
+        self.scope.deadline = self._reply_ends
+
+    def _until(self, deadline: float, complaint: str) -> None:
+        self.complaint = complaint
+        self.scope.deadline = deadline
+
+
+def _watching() -> aiohttp.TraceConfig:
+    """Tells each request's watch where aiohttp is with it."""
+
+    async def connecting(session: object, context: SimpleNamespace, params: object) -> None:
+        context.trace_request_ctx.connecting()
+
+    async def connected(session: object, context: SimpleNamespace, params: object) -> None:
+        context.trace_request_ctx.connected()
+
+    async def head_sent(
+        session: object, context: SimpleNamespace, params: aiohttp.TraceRequestHeadersSentParams
+    ) -> None:
+        if params.headers.get("Content-Length", "0") == "0":
+            context.trace_request_ctx.sent()
+
+    trace = aiohttp.TraceConfig()
+    trace.on_connection_create_start.append(connecting)
+    trace.on_connection_create_end.append(connected)
+    trace.on_request_headers_sent.append(head_sent)
+    return trace
+
+
 class _Sender:
     """Takes a body's chunks for aiohttp, remembers an error of theirs, and watches that the server takes them.
 
-    Its scope is cancelled when nothing went out for too long; aiohttp itself watches only what comes in.
+    Its watch ends the request when nothing went out for too long; aiohttp itself watches only what comes in.
     """
 
-    def __init__(self, body: SendBody, timeouts: Timeouts, on_alive: Callable[[], None]) -> None:
+    def __init__(self, body: SendBody, watch: _Watch, on_alive: Callable[[], None]) -> None:
         self._body = body
-        self._timeouts = timeouts
+        self._watch = watch
         self._on_alive = on_alive
         self.error: Exception | None = None
-        self.scope: anyio.CancelScope | None = None
 
     async def chunks(self) -> AsyncIterator[Buffer]:
         sent, sending_s = 0, 0.0
-        scope = self.scope
-        assert scope is not None
+        timeouts = self._watch.timeouts
         try:
             async with aclosing(self._body.chunks()) as chunks:  # type: ignore[type-var]  # a generator in all cases
                 async for chunk in chunks:
-                    patience = self._timeouts.progress_s + sent / self._timeouts.floor_bytes_per_s - sending_s
                     begun = anyio.current_time()
-                    scope.deadline = begun + max(0.0, min(self._timeouts.progress_s, patience))
+                    self._watch.sending(timeouts.progress_s + sent / timeouts.floor_bytes_per_s - sending_s)
                     yield chunk
                     sending_s += anyio.current_time() - begun
-                    scope.deadline = float("inf")
+                    self._watch.taken()
                     sent += len(chunk)
                     if sent > _SOCKET_BUFFERS:
                         self._on_alive()
             if sent != self._body.length:
                 raise ValueError(f"the body has {sent} of {self._body.length} bytes")
+            self._watch.sent()
         except Exception as error:
             self.error = error
             raise

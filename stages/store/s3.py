@@ -391,6 +391,46 @@ class S3Client:
             if _name(element) == "Upload" and _text(element, "Key") == key
         ]
 
+    async def uploads_below(self, prefix: str) -> list[tuple[str, OpenUpload]]:
+        """Every open upload whose key begins so: (key, upload), over as many requests as it takes."""
+        found: list[tuple[str, OpenUpload]] = []
+        query = {"uploads": "", "prefix": prefix, "max-uploads": "1000"}
+        while True:
+            root = _parsed(await self.send("list_uploads", "GET", query=query), "list_uploads")
+            for element in root:
+                if _name(element) == "Upload":
+                    upload = OpenUpload(
+                        upload_id=_text(element, "UploadId"), initiated=_iso_s(_text(element, "Initiated"))
+                    )
+                    found.append((_text(element, "Key"), upload))
+            markers = {
+                "key-marker": _text(root, "NextKeyMarker"),
+                "upload-id-marker": _text(root, "NextUploadIdMarker"),
+            }
+            if _text(root, "IsTruncated") != "true" or not markers["key-marker"] or markers.items() <= query.items():
+                return found
+            query |= markers
+
+    async def parts_held(self, key: str, upload_id: str) -> tuple[int, int]:
+        """How many parts an open upload has, and their bytes; none where it is gone."""
+        count = size = 0
+        query = {"uploadId": upload_id}
+        while True:
+            try:
+                root = _parsed(await self.send("list_parts", "GET", key, query=query), "list_parts")
+            except S3Error as error:
+                if error.status == 404:
+                    return 0, 0
+                raise
+            for element in root:
+                if _name(element) == "Part":
+                    count += 1
+                    size += int(_text(element, "Size") or 0)
+            marker = _text(root, "NextPartNumberMarker")
+            if _text(root, "IsTruncated") != "true" or query.get("part-number-marker") == marker:
+                return count, size
+            query["part-number-marker"] = marker
+
     async def get_range(self, key: str, offset: int, length: int, *, etag: str, version: str) -> bytes:
         """GetObject of some bytes of one state of an object. Raises FormatError where it ends before them."""
         query = {"versionId": version} if version else None
@@ -433,6 +473,16 @@ class S3RangeReader:
     def size(self) -> int:
         """Length of the object in bytes."""
         return self._state.size
+
+    @property
+    def attested(self) -> Mapping[str, str]:
+        """The store's checksums of the whole object, by the names that receipts use; empty where it has none."""
+        state = self._state
+        return {
+            "CRC64NVME": state.crc64nvme,
+            "CRC32C": state.crc32c,
+            "ETag (MD5)": "" if state.encrypted else state.etag.lower(),
+        }
 
     async def read(self, offset: int, length: int) -> bytes:
         """Exactly these bytes. Raises StoreError, or FormatError for a range beyond the end."""

@@ -20,6 +20,7 @@ from pipeline.flow.items import Block, StoredImage, Verdict
 from pipeline.flow.mapping import SKIPPED_RANGES
 from pipeline.flow.stage import STORED_IMAGE, VERDICT, StageContext, StageSpec, option
 from stages.checksum.leaves import GUEST_DIGEST, LEAF, Algorithm, hash_leaves, zero_leaf
+from stages.compress.index import FRAME_INDEX
 from stages.verify.comparison import TOLD_MAX, WINDOW, ProgressReport, verify_image
 
 # Windows of never read ranges that are read after all: 32 MiB, a blink beside the image. More would find a map that is
@@ -64,6 +65,7 @@ class Readback:
                 threads=context.threads,
                 ledger=context.ledger,
                 progress=ProgressReport(context.name, context.emit, context.clock),
+                index=context.facts.find(FRAME_INDEX),
             )
         skipped = context.facts.find(SKIPPED_RANGES)
         if verdict.state != "identical" or context.reload is None or not skipped:

@@ -471,8 +471,9 @@ async def abort_upload(upload: PartUpload, context: StageContext, cause: BaseExc
         else:
             context.emit(UploadRemoved(uri=upload.uri, how="aborted"))
             return
+    after = f"{cause}; and " if isinstance(cause, Exception) and str(cause) else ""  # a cancellation has no words
     raise LeftBehindError(
-        f"{cause or type(cause).__name__}; and removing what was stored failed: {failure}",
+        f"{after}removing what was stored failed: {failure}",
         cause=cause,
         commands=upload.leftovers(),
         uri=upload.uri,

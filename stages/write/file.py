@@ -9,32 +9,31 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import anyio
-
 from pipeline.errors import PlanError, StoreError
-from pipeline.events import FallbackTaken, UploadOpened, UploadRemoved
+from pipeline.events import FallbackTaken, UploadRemoved
 from pipeline.flow.buffers import Pool
 from pipeline.flow.channels import Inlet, Outlet
 from pipeline.flow.items import Piece, Receipt, StoredImage
 from pipeline.flow.manifest import MANIFEST_SUFFIX
 from pipeline.flow.orders import SPARSE_SINK, Order
+from pipeline.flow.pacing import RateLimit
 from pipeline.flow.parallel import in_thread
 from pipeline.flow.stage import STORED_IMAGE, SinkPlan, SinkRequest, StageContext, StageSpec, option, pieces
-from pipeline.units import KiB, MiB, format_size
+from pipeline.units import MiB, Size, format_size
 from stages.store.file import FileReader, open_file_reader
-from stages.write.packing import UNIT, Batch, Packer, is_aligned
+from stages.write.packing import UNIT
+from stages.write.partial import partial_name
 from stages.write.placement import lies_on_disk
+from stages.write.ranges import RangeDriver
 
 _STAGING = 4 * MiB
 _STAGINGS = 3  # one is filled while two are written
 _IN_FLIGHT = 3  # windows or staging buffers being written at once; a disk gains nothing from more
-# Zeros shorter than this inside a packed stream are written, longer ones are left out of the file.
-_HOLE_MIN = 64 * KiB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +42,7 @@ class Options:
 
     path: Path = option(doc="Where the image goes; its folder must exist.", example="/mnt/share/web01.qcow2")
     overwrite: bool = option(False, doc="Replace an image that is there already, at the end and in one step.")
+    rate_limit: Size | None = option(None, doc='Write at most this much a second, as in "200 MiB".')
 
 
 class FileWriter:
@@ -52,12 +52,13 @@ class FileWriter:
         self._options = options
         self._context = context
         self._path = options.path.absolute()
-        name = f".{self._path.name}.{context.export_name or 'export'}.{os.getpid()}.partial"
-        self._partial = self._path.with_name(name)
+        self._partial = self._path.with_name(partial_name(self._path.name, context.export_name, str(os.getpid())))
         self._fd = -1
         self._direct_fd = -1
         self._staging = Pool(_STAGING, _STAGINGS)
+        self._limit = RateLimit(context.clock, options.rate_limit)
         self._ours: tuple[int, int] | None = None  # (device, inode) of the file that this run made
+        self._manifest_begun = False  # this run made the temporary manifest
 
     # -- planning --------------------------------------------------------------------------------------------------
 
@@ -75,6 +76,13 @@ class FileWriter:
             raise PlanError("the target's folder does not exist", path=folder, hint=f"Make it: mkdir -p {folder}")
         if self._path.is_dir():
             raise PlanError("the target is a folder", path=self._path, hint="Name the image file itself.")
+        if self._path.exists() and not self._path.is_file():
+            # Renaming over it would put a file in the place of the device, in the memory behind /dev.
+            raise PlanError(
+                "the target is a device or pipe, and write.file makes a file",
+                path=self._path,
+                hint="Name a file in a folder, overwrite or not.",
+            )
         for path in (self._path, self._manifest_path):
             if path.exists() and not self._options.overwrite:
                 raise PlanError(
@@ -95,6 +103,10 @@ class FileWriter:
         return status.f_bavail * status.f_frsize
 
     @property
+    def _partial_manifest(self) -> Path:
+        return self._partial.with_name(self._partial.name + MANIFEST_SUFFIX)
+
+    @property
     def _manifest_path(self) -> Path:
         return self._path.with_name(self._path.name + MANIFEST_SUFFIX)
 
@@ -106,16 +118,31 @@ class FileWriter:
         Raises:
             StoreError: the disk is full, or the file can't be written; the temporary file is gone.
         """
-        try:
-            self._create()
-            self._context.emit(UploadOpened(stage=self._context.name, uri=str(self._partial)))
-            size = await self._write_all(inlet)
-            with self._context.meter.working():
-                await in_thread(self._context.threads, lambda: self._seal(size))
-        except BaseException:
-            self._remove(self._partial)
-            raise
+        driver = RangeDriver(self, self._context, staging=self._staging, in_flight=_IN_FLIGHT, limit=self._limit)
+        size = await driver.store(inlet)
         await outlet.send(StoredImage(str(self._path), size, self._open_reader, self._fetch_receipt))
+
+    @property
+    def partial_uri(self) -> str:
+        """The temporary file."""
+        return str(self._partial)
+
+    @property
+    def in_order(self) -> bool:
+        """A file takes writes at any offset."""
+        return False
+
+    async def create(self) -> None:
+        """Make the temporary file. Raises StoreError."""
+        self._create()
+
+    async def seal(self, size: int) -> None:
+        """Full length, on stable storage, and out of the page cache so that verification reads the medium."""
+        await in_thread(self._context.threads, lambda: self._seal(size))
+
+    async def abort(self, cause: BaseException) -> None:
+        """Remove the temporary file."""
+        self._remove(self._partial)
 
     def _create(self) -> None:
         try:
@@ -148,53 +175,12 @@ class FileWriter:
             os.close(self._direct_fd)
         self._direct_fd = -1
 
-    async def _write_all(self, inlet: Inlet[Piece]) -> int:
-        """Write pieces as they come; returns the image's size in bytes."""
-        size = 0
-        room = anyio.Semaphore(_IN_FLIGHT)
-        packer = Packer(self._staging)
-        batch = Batch()
+    async def write(self, parts: Sequence[tuple[int, memoryview]]) -> None:
+        """One thread call for all of it. Raises StoreError."""
+        await in_thread(self._context.threads, lambda: self._write(parts))
 
-        async with anyio.create_task_group() as tasks:
-
-            async def write(work: Batch | None) -> None:
-                if work is not None and work.parts:
-                    await room.acquire()
-                    tasks.start_soon(self._write_batch, work, room)
-
-            async for piece in inlet:
-                size = max(size, piece.end)
-                is_long_zero = piece.data is None and piece.length >= _HOLE_MIN
-                follows = packer.follows(piece.offset)
-                if packer.is_open and (not follows or is_long_zero or (is_aligned(piece) and packer.at_unit)):
-                    await write(packer.take())
-                    follows = False
-                if piece.data is None and not follows:
-                    self._context.progress.acknowledge(guest_bytes=piece.guest_bytes, image_bytes=0)
-                elif follows or not is_aligned(piece):
-                    async for full in packer.add(piece):
-                        await write(full)
-                else:
-                    # One window a batch: a batch must not hold buffers while it waits for more of them.
-                    if not batch.takes(piece):
-                        await write(batch)
-                        batch = Batch()
-                    batch.add(piece)
-            await write(batch)
-            await write(packer.take())
-        return size
-
-    async def _write_batch(self, batch: Batch, room: anyio.Semaphore) -> None:
-        try:
-            with self._context.meter.working():
-                await in_thread(self._context.threads, lambda: self._write(batch))
-        finally:
-            room.release()
-        batch.release()
-        self._context.progress.acknowledge(guest_bytes=batch.guest_bytes, image_bytes=batch.length)
-
-    def _write(self, batch: Batch) -> None:
-        for offset, view in batch.parts:
+    def _write(self, parts: Sequence[tuple[int, memoryview]]) -> None:
+        for offset, view in parts:
             self._write_at(offset, view)
 
     def _write_at(self, offset: int, view: memoryview) -> None:
@@ -216,7 +202,6 @@ class FileWriter:
             raise self._store_error(error, "write", offset=offset) from None
 
     def _seal(self, size: int) -> None:
-        """Full length, on stable storage, and out of the page cache so that verification reads the medium."""
         try:
             os.ftruncate(self._fd, size)
             os.fsync(self._fd)
@@ -241,19 +226,20 @@ class FileWriter:
         return self._partial if self._partial.exists() else self._path
 
     async def publish(self, manifest: bytes) -> str:
-        """Rename the image into place, then write the manifest. Raises StoreError when somebody took the name."""
+        """Rename the image into place, then the manifest. Raises StoreError when somebody took the name."""
         await in_thread(self._context.threads, lambda: self._publish(manifest))
         return str(self._manifest_path)
 
     def _publish(self, manifest: bytes) -> None:
         try:
-            self._move(self._partial, self._path)
-            partial = self._partial.with_name(self._partial.name + MANIFEST_SUFFIX)
-            with open(partial, "xb") as file:
+            # All that needs room comes first: where it fails, an image that is to be replaced is still there.
+            with open(self._partial_manifest, "xb") as file:
+                self._manifest_begun = True
                 file.write(manifest)
                 file.flush()
                 os.fsync(file.fileno())
-            self._move(partial, self._manifest_path)
+            self._move(self._partial, self._path)
+            self._move(self._partial_manifest, self._manifest_path)
             _sync_folder(self._path.parent)
         except OSError as error:
             raise self._store_error(error, "publish") from None
@@ -283,6 +269,8 @@ class FileWriter:
         """Remove what this run wrote, under either name; never somebody else's file."""
         for path in (self._partial, self._path):
             self._remove(path)
+        if self._manifest_begun:
+            self._partial_manifest.unlink(missing_ok=True)
 
     def _remove(self, path: Path) -> None:
         try:

@@ -63,6 +63,7 @@ class Packer:
         self._end = 0
         self._offset = 0  # image offset of the first byte
         self._guest_bytes = 0
+        self._position = 0
 
     @property
     def is_open(self) -> bool:
@@ -73,6 +74,11 @@ class Packer:
     def at_unit(self) -> bool:
         """Whether the next byte starts a unit."""
         return self._end % UNIT == 0
+
+    @property
+    def position(self) -> int:
+        """Image offset behind the last byte that was added; 0 before the first."""
+        return self._position
 
     def follows(self, offset: int) -> bool:
         """Whether a piece at this image offset comes right behind the bytes that wait."""
@@ -99,6 +105,7 @@ class Packer:
                 self._guest_bytes += piece.guest_bytes
             if self._end == self._pool.buffer_size:
                 yield self._close()
+        self._position = piece.end
         piece.release()
 
     def take(self) -> Batch | None:

@@ -13,18 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from anyio import move_on_after
+
 from pipeline.errors import LeftBehindError, PlanError, StageError, StoreError
 from pipeline.flow.channels import Inlet, Outlet
 from pipeline.flow.items import Piece, RangeReader, StoredImage
 from pipeline.flow.manifest import MANIFEST_SUFFIX
 from pipeline.flow.orders import HEAD_LAST_SINK, Order
 from pipeline.flow.stage import STORED_IMAGE, SinkPlan, SinkRequest, StageContext, StageSpec, option, pieces
+from pipeline.units import Size
 
 # aiohttp, botocore and awscrt are imported where a store is really talked to, not for `pipeline --help`.
 if TYPE_CHECKING:
+    from pipeline.flow.pacing import Pacer
     from pipeline.flow.retry import Retry, RetryPolicy
     from stages.store.http import Timeouts
-    from stages.store.s3 import S3Client
+    from stages.store.s3 import ObjectState, S3Client
     from stages.write.driver import DriverPlan
     from stages.write.s3_upload import S3Upload
     from stages.write.shapes import PartUpload
@@ -57,6 +61,7 @@ class Options:
         "auto", doc="Bucket in the path or in the host name; auto is the host name except for addresses and localhost."
     )
     attempts: int = option(6, doc="How often a request is sent when the store fails for a moment.")
+    rate_limit: Size | None = option(None, doc='Send at most this much a second, as in "40 MiB".')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +71,7 @@ class _Planned:
     key: str
     client: S3Client
     retry: Retry
+    pacer: Pacer
     upload: S3Upload
     plan: DriverPlan
 
@@ -95,11 +101,13 @@ class S3Writer:
         self._wrap = wrap
         self._planned: _Planned | None = None
         self._manifest: bytes | None = None
+        self._conditional = True  # until the store says that it does not know If-None-Match
 
     # -- planning --------------------------------------------------------------------------------------------------
 
     async def plan(self, request: SinkRequest) -> SinkPlan:
         """Look at bucket and target, and lay out the parts. Raises PlanError or StoreError."""
+        from pipeline.flow.pacing import Pacer
         from pipeline.flow.retry import Retry, RetryPolicy
         from stages.store.s3 import S3Client, S3Url
         from stages.write.driver import plan_driver
@@ -111,6 +119,13 @@ class S3Writer:
             raise PlanError("parts_in_flight and attempts are at least 1", operation="plan")
         policy = self._retry_policy or RetryPolicy(attempts=options.attempts)
         retry = Retry(policy, clock=self._context.clock, emit=self._context.emit, stage=self._context.name)
+        pacer = Pacer(
+            self._context.clock,
+            requests=options.parts_in_flight,
+            limit=options.rate_limit,
+            emit=self._context.emit,
+            stage=self._context.name,
+        )
         await self.close()
         client = await S3Client.connect(
             where.bucket,
@@ -139,7 +154,7 @@ class S3Writer:
             emit=self._context.emit,
             stage=self._context.name,
         )
-        self._planned = _Planned(key=where.key, client=client, retry=retry, upload=upload, plan=plan)
+        self._planned = _Planned(key=where.key, client=client, retry=retry, pacer=pacer, upload=upload, plan=plan)
         await self._look_at_target(self._planned)
         checksum = (
             "CRC64NVME, or MD5 where the store does not know it" if options.checksum == "auto" else options.checksum
@@ -192,11 +207,12 @@ class S3Writer:
             LeftBehindError: it failed, and something may be left.
         """
         from stages.write.driver import PartDriver, abort_upload
+        from stages.write.paced import Paced
         from stages.write.retrying import Retrying
 
         planned = self._after_planning()
         upload = planned.upload
-        driven = Retrying(self._wrap(upload), planned.retry)
+        driven = Retrying(Paced(self._wrap(upload), planned.pacer), planned.retry)
         sealed = await PartDriver(driven, self._context, planned.plan).store(inlet)
         try:
             await outlet.send(StoredImage(upload.uri, sealed.size, self._open_reader, upload.fetch_receipt))
@@ -216,13 +232,53 @@ class S3Writer:
         yield S3RangeReader(client, planned.key, state, planned.retry)
 
     async def publish(self, manifest: bytes) -> str:
-        """Put the manifest beside the image. Raises StoreError."""
+        """Put the manifest beside the image. Raises StoreError, also where somebody else put one meanwhile."""
         planned = self._after_planning()
-        client, key = planned.client, planned.key + MANIFEST_SUFFIX
         self._manifest = manifest
+        await planned.retry.call("put_manifest", lambda: self._put_manifest(manifest))
+        return f"s3://{planned.client.bucket}/{planned.key + MANIFEST_SUFFIX}"
+
+    async def _put_manifest(self, manifest: bytes) -> None:
+        from pipeline.flow.grace import with_grace
+        from stages.store.s3 import S3Error
+        from stages.write.s3_upload import GRACE_S, is_unknown_header
+
+        client, key = self._after_planning().client, self._after_planning().key + MANIFEST_SUFFIX
         headers = {"Content-Type": "application/json"}
-        await planned.retry.call("put_manifest", lambda: client.put_text(key, manifest, headers))
-        return f"s3://{client.bucket}/{key}"
+        if not self._options.overwrite:
+            if await self._manifest_is_there():
+                return
+            if self._conditional:
+                headers["If-None-Match"] = "*"
+        try:
+            await with_grace(lambda: client.put_text(key, manifest, headers), GRACE_S)
+        except S3Error as error:
+            if "If-None-Match" in headers and is_unknown_header(error):
+                self._conditional = False
+                await self._put_manifest(manifest)
+            elif not (error.status in (409, 412) and not error.temporary and await self._manifest_is_there()):
+                raise
+
+    async def _manifest_is_there(self) -> bool:
+        """Whether an earlier request put our manifest, whose answer was lost. Raises StoreError for another one."""
+        planned = self._after_planning()
+        key = planned.key + MANIFEST_SUFFIX
+        found = await planned.client.head(key)
+        if found is None or self._is_our_manifest(found):
+            return found is not None
+        raise StoreError(
+            "a manifest appeared beside the target while the image was written",
+            operation="put_manifest",
+            uri=f"s3://{planned.client.bucket}/{key}",
+            hint="Somebody else wrote it; it was left alone. Choose another name.",
+        )
+
+    def _is_our_manifest(self, found: ObjectState) -> bool:
+        from stages.store.s3 import md5_hex
+
+        manifest = self._manifest or b""
+        # An ETag made with a key of the store's is no MD5: then the size has to do, with a name nobody had before.
+        return found.size == len(manifest) and (found.encrypted or found.etag == md5_hex(manifest))
 
     async def withdraw(self) -> None:
         """Delete the object that this run sealed, and the manifest that it put; never somebody else's.
@@ -231,28 +287,32 @@ class S3Writer:
             LeftBehindError: it could not be deleted.
         """
         from pipeline.flow.retry import CLEANUP
+        from stages.write.driver import ABORT_DEADLINE_S
 
         planned = self._after_planning()
         upload = planned.upload
-        try:
-            if self._manifest is not None:
-                await planned.retry.call("withdraw", self._remove_manifest, CLEANUP)
-            await planned.retry.call("withdraw", upload.remove_object, CLEANUP)
-        except StoreError as error:
-            commands = upload.leftovers()
-            if self._manifest is not None:
-                commands += (planned.client.command("delete-object", planned.key + MANIFEST_SUFFIX),)
-            raise LeftBehindError(
-                f"the image could not be removed: {error}", cause=error, commands=commands, uri=upload.uri
-            ) from error
+        failure = StoreError(f"the store did not answer within {ABORT_DEADLINE_S:.0f} s", operation="withdraw")
+        with move_on_after(ABORT_DEADLINE_S):
+            try:
+                if self._manifest is not None:
+                    await planned.retry.call("withdraw", self._remove_manifest, CLEANUP)
+                await planned.retry.call("withdraw", upload.remove_object, CLEANUP)
+            except StoreError as error:
+                failure = error
+            else:
+                return
+        commands = upload.leftovers()
+        if self._manifest is not None:
+            commands += (planned.client.command("delete-object", planned.key + MANIFEST_SUFFIX),)
+        raise LeftBehindError(
+            f"the image could not be removed: {failure}", cause=failure, commands=commands, uri=upload.uri
+        ) from failure
 
     async def _remove_manifest(self) -> None:
-        from stages.store.s3 import md5_hex
-
-        planned, manifest = self._after_planning(), self._manifest or b""
+        planned = self._after_planning()
         key = planned.key + MANIFEST_SUFFIX
         found = await planned.client.head(key)
-        if found is not None and found.size == len(manifest) and found.etag == md5_hex(manifest):
+        if found is not None and self._is_our_manifest(found):
             await planned.client.delete(key, version=found.version, etag=found.etag)
         self._manifest = None
 

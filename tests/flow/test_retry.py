@@ -136,6 +136,42 @@ async def test_a_lost_connection_is_tried_again_at_once_but_only_the_first_time(
     assert all(waited > 0 for waited in clock.slept[1:])
 
 
+async def test_refusals_of_a_busy_store_do_not_use_up_attempts() -> None:
+    clock = QuickClock()
+    store = Store(clock, *[busy(throttled=True) for _ in range(12)], busy(), busy(throttled=True), busy())
+    retry = make_retry(clock, [], attempts=3, deadline_s=1000.0)
+    assert await retry.call("put_part", store.call) == "done"
+    assert store.calls == 16
+
+
+async def test_a_store_that_refuses_everything_is_given_up_within_the_deadline() -> None:
+    """It answers all the time, so it is alive; and nothing gets through."""
+    clock = QuickClock()
+    retry = make_retry(clock, [], attempts=3, deadline_s=100.0)
+    store = Store(clock, *[busy(throttled=True) for _ in range(10**4)])
+
+    async def answered() -> str:
+        retry.alive()
+        return await store.call()
+
+    begun = clock.now()
+    with pytest.raises(StoreError, match="busy"):
+        await retry.call("put_part", answered)
+    assert 80 <= clock.now() - begun <= 110
+
+
+async def test_refusals_go_on_as_long_as_other_calls_get_through() -> None:
+    clock = QuickClock()
+    retry = make_retry(clock, [], attempts=3, deadline_s=30.0)
+    store = Store(clock, *[busy(throttled=True) for _ in range(20)], takes_s=10.0)
+
+    async def while_others_work() -> str:
+        await retry.call("put_part", Store(clock).call)
+        return await store.call()
+
+    assert await retry.call("put_part", while_others_work) == "done"
+
+
 # ---- grace ---------------------------------------------------------------------------------------------------------
 
 

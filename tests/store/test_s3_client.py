@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -354,3 +355,22 @@ async def test_reads_may_run_at_the_same_time(seaweedfs: S3Server, monkeypatch: 
             for offset in range(0, 20_000, 1000):
                 tasks.start_soon(read, offset)
     assert b"".join(got[offset] for offset in sorted(got)) == DATA[:20_000]
+
+
+async def test_what_the_store_attests_is_what_receipts_compare(
+    s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For `pipeline verify --level receipt`, any time after the run."""
+    from stages.verify.receipt import judge, receipt_of
+
+    use(s3_server, monkeypatch)
+    bucket, data = s3_server.new_bucket(), b"image" * 1000
+    async with connected(bucket, endpoint=s3_server.endpoint, region=s3_server.region) as client:
+        await client.put_text("x", data, {})
+    async with open_reader(f"s3://{bucket}/x", endpoint=s3_server.endpoint, region=s3_server.region) as reader:
+        attested = reader.attested
+        assert set(attested) == {"CRC64NVME", "CRC32C", "ETag (MD5)"}
+        ours = hashlib.md5(data).hexdigest()
+        assert judge(receipt_of(reader, [("ETag (MD5)", ours, "")]), size=len(data)).state == "identical"
+        assert judge(receipt_of(reader, [("ETag (MD5)", "0" * 32, "")]), size=len(data)).state == "differs"
+        assert judge(receipt_of(reader, [("CRC64NVME", "x", "")]), size=len(data)).state in ("unproven", "differs")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -165,6 +166,14 @@ class Every:
 
 
 @dataclass(frozen=True, slots=True)
+class AboveRate:
+    """Each request that the rule matches above a rate, as a busy store refuses them; `burst` may come at once."""
+
+    requests_per_s: float
+    burst: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     """A fault and the requests that it meets.
 
@@ -178,7 +187,7 @@ class Rule:
     method: str | None = None
     path: str = ""
     query: str = ""
-    when: Every | Nth | First | Chance = Every()
+    when: Every | Nth | First | Chance | AboveRate = Every()
 
 
 class ArmedRule:
@@ -191,6 +200,8 @@ class ArmedRule:
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
         self._matched = 0
+        self._room = rule.when.burst if isinstance(rule.when, AboveRate) else 0.0
+        self._room_at = time.monotonic()
         self._random = random.Random(rule.when.seed if isinstance(rule.when, Chance) else 0)
 
     def fires(self, method: str, path: str, query: str) -> bool:
@@ -206,5 +217,16 @@ class ArmedRule:
                 return self._matched <= count
             case Chance(probability):
                 return self._random.random() < probability
+            case AboveRate():
+                return self._is_above(rule.when)
             case Every():
                 return True
+
+    def _is_above(self, rate: AboveRate) -> bool:
+        now = time.monotonic()
+        self._room = min(rate.burst, self._room + (now - self._room_at) * rate.requests_per_s)
+        self._room_at = now
+        if self._room < 1:
+            return True
+        self._room -= 1
+        return False

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.stores.openssh import OpenSsh, SftpServer
 from tests.stores.process import ProcessIdentity, end_run, run_folder, sweep, this_process
 from tests.stores.s3 import S3Server, StoreProcess
 from tests.stores.seaweedfs import SeaweedFs
@@ -77,6 +78,23 @@ def s3_server(request: pytest.FixtureRequest) -> S3Server:
     """Each of the session's stores in turn."""
     server: S3Server = request.getfixturevalue(request.param)
     return server
+
+
+@pytest.fixture(scope="session")
+def sftp_server() -> SftpServer:
+    """The session's OpenSSH; a test takes names of its own in it."""
+    folder = run_folder(_session()) / "openssh"
+    folder.mkdir(exist_ok=True)
+    store = OpenSsh(folder, owner=_session())
+    store.start()
+    return store.server
+
+
+@pytest.fixture
+def own_openssh() -> Iterator[OpenSsh]:
+    """An OpenSSH that the test has for itself."""
+    with OpenSsh() as store:
+        yield store
 
 
 @pytest.fixture

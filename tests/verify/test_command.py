@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from pipeline.commands import verify
 from pipeline.commands.verify import command
+from pipeline.events import EventStream, RetryScheduled
+from pipeline.flow.items import Verdict
 from pipeline.flow.manifest import DiskRecord, ImageRecord, Manifest
 from pipeline.units import MiB
 from stages.checksum.leaves import GuestDigest, LeafDigests, hash_leaves
@@ -162,3 +165,19 @@ def test_an_unknown_scheme_exits_2_and_names_those_that_are_known() -> None:
     result = call("ftp://somewhere/image.qcow2")
     assert result.exit_code == 2
     assert "s3://" in result.output
+
+
+def test_a_log_gets_what_happens(image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries of a store are events; without a terminal nobody else shows them."""
+    real = verify._compare
+
+    async def compare(*arguments: Any) -> Verdict:
+        [events] = [one for one in arguments if isinstance(one, EventStream)]
+        events.emit(RetryScheduled(stage="verify", operation="read", attempt=2, wait_s=1.0, reason="503 SlowDown"))
+        return await real(*arguments)
+
+    monkeypatch.setattr(verify, "_compare", compare)
+    log = tmp_path / "log"
+    assert CliRunner().invoke(command, [str(image), "--log-file", str(log)]).exit_code == 0
+    [line] = [json.loads(one) for one in log.read_text().splitlines()]
+    assert (line["event"], line["reason"]) == ("retry_scheduled", "503 SlowDown")

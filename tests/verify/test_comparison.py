@@ -307,7 +307,7 @@ async def test_cancellation_gives_all_memory_back() -> None:
 
 
 async def test_a_format_without_reader_is_unproven() -> None:
-    verdict = await verdict_on(b"x" * 512, format="vhdx")
+    verdict = await verdict_on(b"x" * 512, format="vdi")
     assert verdict.state == "unproven"
     assert "verify.receipt" in verdict.detail
 

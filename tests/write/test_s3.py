@@ -13,15 +13,24 @@ import anyio.to_thread
 import pytest
 
 from pipeline.errors import LeftBehindError, PlanError, StageError, StoreError
-from pipeline.events import Event, FallbackTaken, PartReplayed, PartStored, RetryScheduled, UploadRemoved
+from pipeline.events import (
+    Event,
+    FallbackTaken,
+    PartReplayed,
+    PartStored,
+    RetryScheduled,
+    SendRateLowered,
+    UploadRemoved,
+)
 from pipeline.flow.items import Receipt, StoredImage
 from pipeline.flow.orders import Order
 from pipeline.flow.retry import RetryPolicy
-from pipeline.flow.stage import SinkPlan, SinkRequest
+from pipeline.flow.stage import Clock, RealClock, SinkPlan, SinkRequest
 from pipeline.units import KiB, MiB
 from stages.store.http import Timeouts
 from stages.write.s3 import Options, S3Writer
 from tests.stores.faults import (
+    AboveRate,
     FlipRequest,
     LoseReply,
     Nth,
@@ -93,13 +102,17 @@ class Bench:
         timeouts: Timeouts | None = None,
         disk_size: int | None = None,
         replay: ImageReplay | None = None,
+        clock: Clock | None = None,
         **options: object,
     ) -> AsyncIterator[tuple[S3Writer, SinkPlan]]:
         """A writer after its planning; closed at the end."""
         again = replay or ImageReplay(image.data)
         context = make_context(image, events=self.events, clock=QuickClock(), disk_size=disk_size, replay=again)
         writer = S3Writer(
-            self.options(**options), replace(context, name="write.s3"), timeouts=timeouts, retry_policy=RetryPolicy()
+            self.options(**options),
+            replace(context, name="write.s3", clock=clock or context.clock),
+            timeouts=timeouts,
+            retry_policy=RetryPolicy(),
         )
         layout = image.layout(image_bytes_max=longest or image.size)
         order = Order.HEAD_LAST if image.head_length else Order.SEQUENTIAL
@@ -409,6 +422,29 @@ async def test_a_failure_for_good_leaves_nothing(bench: Bench, rule: Rule, messa
     bench.check_nothing_is_left()
 
 
+async def test_a_busy_store_slows_the_run_down_and_never_ends_it(bench: Bench) -> None:
+    """It refuses parts above a rate that is far below ours, for the whole run and not for a moment."""
+    image = mixed(128 * MiB, zeros=False)
+    rule = Rule(slow_down(when="head"), method="PUT", query="partNumber=", when=AboveRate(4.0))
+    async with through_proxy(bench, rule) as proxy:
+        async with bench.planned(image, clock=RealClock()) as (writer, _):
+            await writer.run(image.pieces(), Collected())
+        parts = [seen.fault is not None for seen in proxy.requests("PUT", query="partNumber=")]
+    assert bench.stored() == image.data
+    assert [event.stage for event in bench.events if isinstance(event, SendRateLowered)]
+    assert sum(parts[-14:]) <= 5, "it has found the store's pace"
+
+
+async def test_bytes_go_out_at_the_limit(weed: Bench) -> None:
+    image = mixed(20 * MiB, zeros=False)
+    clock = QuickClock()
+    begun = clock.now()
+    async with weed.planned(image, clock=clock, rate_limit=2 * MiB) as (writer, _):
+        await writer.run(image.pieces(), Collected())
+    assert clock.now() - begun == pytest.approx(10, abs=0.5)
+    assert weed.stored() == image.data
+
+
 async def test_damage_on_the_way_is_noticed_and_nothing_is_left(bench: Bench) -> None:
     """A byte of a part changes between us and the store, which refuses it, or else shows it in its answer."""
     image = mixed(20 * MiB, zeros=False)
@@ -494,6 +530,7 @@ async def test_a_failed_clean_up_names_the_exact_command(weed: Bench) -> None:
         assert caught.value.commands == (
             f"aws s3api abort-multipart-upload --bucket {weed.bucket} --key '{KEY}' --upload-id {upload_id} "
             f"--endpoint-url {proxy.url}",
+            f"pipeline uploads abort '{weed.url}' --upload-id {upload_id} --endpoint {proxy.url}",
         )
         assert isinstance(caught.value.cause, StoreError)
 

@@ -1,0 +1,237 @@
+"""The text of a new export file: what is known of the disk and the target, with the reason of every choice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from pipeline.config.options import option_fields
+from pipeline.flow.stage import Catalog, StageSpec
+from pipeline.units import MiB, format_size
+
+# Suffix of the target: the encoder that makes it.
+_ENCODERS = {
+    ".raw": "encode.raw",
+    ".img": "encode.raw",
+    ".vhd": "encode.vhd",
+    ".vhdx": "encode.vhdx",
+    ".vmdk": "encode.vmdk",
+    ".ova": "encode.ova",
+}
+_DEFAULT_ENCODER = "encode.qcow2"
+_WHY = {
+    "encode.qcow2": "compressed, and imported by every cloud",
+    "encode.raw": "byte for byte; as long as the disk",
+}
+# Below this much free memory the default would make a small machine swap.
+_SCARCE = 320 * MiB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Where the image goes.
+
+    Attributes:
+        writer: the SPEC that stores there.
+        options: its option values.
+        is_guess: nobody named it: a person has to look at it before the run.
+    """
+
+    writer: StageSpec
+    options: dict[str, str]
+    is_guess: bool = False
+
+    @property
+    def address(self) -> str:
+        """The path or URL."""
+        return self.options.get("url") or self.options.get("path") or self.writer.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """What the file is about.
+
+    Attributes:
+        disk_title: size and model of the disk, for a comment.
+        is_device: a block device, no image file.
+        mounted: where the disk is mounted so that it can be written; empty for a disk that holds still.
+        whole_disk: the disk that `disk` is only a partition of, else nothing.
+        memory: bytes of memory that the machine has left; 0 where unknown.
+    """
+
+    name: str
+    disk: str
+    disk_title: str
+    target: Target
+    is_device: bool = True
+    mounted: tuple[str, ...] = ()
+    whole_disk: str = ""
+    memory: int = 0
+
+
+def target_of(url: str, catalog: Catalog, endpoint: str = "") -> Target:
+    """The writer for a path or URL.
+
+    Raises:
+        ValueError: nothing is stored under this scheme, or the writer refuses the address; with the way out.
+    """
+    scheme = url.partition("://")[0] if "://" in url else "file"
+    writer = next((spec for spec in catalog if spec.role == "write" and scheme in spec.schemes), None)
+    if writer is None:
+        known = sorted({f"{one}://" for spec in catalog if spec.role == "write" for one in spec.schemes})
+        raise ValueError(f"nothing is stored under {scheme}:// here; a path, or a URL with {', '.join(known)}")
+    names = {item.name for item in option_fields(writer.options)}
+    options = {"url": url} if "url" in names else {"path": url.removeprefix("file://")}
+    if endpoint and "endpoint" not in names:
+        raise ValueError(f"{writer.name} has no endpoint")
+    if endpoint:
+        options["endpoint"] = endpoint
+    if not PurePosixPath(url.rpartition("://")[2]).name or url.endswith("/"):
+        raise ValueError(f'"{url}" names a folder; name the image itself, for example {url.rstrip("/")}/web01.qcow2')
+    return Target(writer=writer, options=options)
+
+
+def encoder_of(target: Target, catalog: Catalog) -> str:
+    """The image format that the target's name asks for."""
+    suffix = PurePosixPath(target.address).suffix.lower()
+    wanted = _ENCODERS.get(suffix, _DEFAULT_ENCODER)
+    return wanted if catalog.find(wanted) else _DEFAULT_ENCODER
+
+
+def proposal_text(proposal: Proposal, catalog: Catalog) -> str:
+    """The export file. It passes `pipeline check`."""
+    encoder = encoder_of(proposal.target, catalog)
+    parts = [
+        _head(proposal),
+        _export(proposal),
+        _source(proposal),
+        _stage("checksum.guest", note="a digest of what was read, before anything else looks at it"),
+        _stage("sparse.zeros", note="zeros that are stored on the disk need not be stored again"),
+        _encoder(encoder),
+        _writer(proposal.target),
+        *_verifiers(proposal.target, catalog),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _head(proposal: Proposal) -> str:
+    what = _printable(f"{proposal.disk} -> {proposal.target.address}")
+    lines = [
+        f"# {what}, written by `pipeline init`. Every option of every stage: `pipeline stages NAME`.",
+        "# Completion and help in an editor: pipeline stages --schema > export.schema.json, and as the first line here",
+        "# #:schema ./export.schema.json",
+    ]
+    return "\n".join(lines)
+
+
+def _export(proposal: Proposal) -> str:
+    scarce = 0 < proposal.memory < _SCARCE
+    memory, why = ("32 MiB", "the least: little memory is free here") if scarce else ("96 MiB", "")
+    free = f"; {format_size(proposal.memory)} are free here" if proposal.memory and not scarce else ""
+    why = why or f"everything that holds disk bytes; the program takes up to 128 MiB more{free}"
+    return "\n".join(
+        [
+            "[export]",
+            _line("name", proposal.name, 6, "names the run in messages, logs and the manifest"),
+            _line("memory", memory, 6, why),
+            "",
+            "[observe]",
+            _line("report", f"{proposal.name}.html", 6, "a page about the run, for a browser"),
+            _note('# log_file = "export.log"', "one JSON object a line"),
+            f'# prometheus = "/var/lib/node_exporter/{proposal.name}.prom"',
+        ]
+    )
+
+
+def _source(proposal: Proposal) -> str:
+    comments = []
+    if proposal.mounted:
+        points = _printable(", ".join(proposal.mounted[:4])) + (" ..." if len(proposal.mounted) > 4 else "")
+        comments = [
+            f"# THIS DISK IS IN USE: {points} can be written while it is read. The image then holds many moments of",
+            "# the disk at once; a filesystem in it may need repair, a database may be lost. Better: boot a rescue",
+            "# system, or export a snapshot (LVM, the hypervisor, the cloud). At the least stop databases.",
+        ]
+    if proposal.whole_disk:
+        comments += [
+            f"# This is one partition of {_printable(proposal.whole_disk)}. An image of it does not boot: boot code",
+            "# and partition table lie before the first partition. Name the whole disk for a system disk.",
+        ]
+    if not proposal.is_device:
+        comments += ["# An image file: taken for raw, byte for byte what the disk holds."]
+    lines = [
+        "[[stage]]",
+        *comments,
+        'use  = "read.disk"',
+        _line("path", proposal.disk, 4, _printable(proposal.disk_title)),
+    ]
+    return "\n".join(lines)
+
+
+def _encoder(name: str) -> str:
+    text = _stage(name, note=_WHY.get(name, "as the name of the target asks"))
+    if name != "encode.qcow2":
+        return text
+    return "\n".join(
+        [
+            text,
+            _note(
+                '# compression = "zlib"',
+                "zlib is read everywhere; zstd is smaller and faster, not in every cloud; or none",
+            ),
+            _note('# level = "fast"', "small: a tenth smaller, three times the time"),
+        ]
+    )
+
+
+def _writer(target: Target) -> str:
+    width = max(len(name) for name in ("use", *target.options))
+    lines = ["[[stage]]"]
+    if target.is_guess:
+        lines.append(
+            "# LOOK AT THIS: nobody said where the image goes. Another disk, a mounted share, or s3://BUCKET/NAME with"
+        )
+        lines.append('# use = "write.s3". Never the disk that is exported: that is refused.')
+    if target.writer.name == "write.s3":
+        lines.append("# Credentials: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws, or an instance role.")
+    lines.append(_line("use", target.writer.name, width))
+    lines += [_line(name, value, width) for name, value in target.options.items()]
+    if target.writer.name == "write.s3" and "endpoint" not in target.options:
+        lines.append(_note('# endpoint = "https://s3.example.com"', "any S3-compatible store; without it, AWS"))
+    if any(field.name == "overwrite" for field in dataclasses.fields(target.writer.options)):
+        lines.append(_note("# overwrite = true", "else an image that is there already is never touched"))
+    return "\n".join(lines)
+
+
+def _verifiers(target: Target, catalog: Catalog) -> list[str]:
+    found = []
+    if target.writer.name == "write.s3" and catalog.find("verify.receipt"):
+        found.append(_stage("verify.receipt", note="the store's own checksums against ours: nothing is fetched"))
+    note = "every byte, fetched and decoded; leave it out where egress is what costs" if found else ""
+    found.append(_stage("verify.readback", note=note or "read it again, decode it, compare every byte with the disk"))
+    return found
+
+
+def _stage(name: str, *, note: str) -> str:
+    return "[[stage]]\n" + _line("use", name, 3, note)
+
+
+def _line(name: str, value: str, width: int, note: str = "") -> str:
+    text = f"{name:<{width}} = {toml_text(value)}"
+    return _note(text, note) if note else text
+
+
+def _note(text: str, note: str) -> str:
+    return f"{text:<30} # {note}"
+
+
+def toml_text(value: str) -> str:
+    """A TOML basic string. JSON's strings are some, but for DEL, which TOML wants escaped."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _printable(text: str) -> str:
+    """Without control characters, for a comment: the name of a model or a file may hold anything, line ends too."""
+    return "".join(char for char in text if char.isprintable())

@@ -1,0 +1,93 @@
+"""Images and manifests that are stored already, by path or URL."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING
+
+from pipeline.config.options import without_secrets
+from pipeline.errors import FormatError, PlanError, StoreError
+from pipeline.units import MiB
+
+if TYPE_CHECKING:
+    from pipeline.flow.items import RangeReader
+    from pipeline.flow.manifest import Manifest
+
+# A manifest has 22 bytes for each MiB of a full disk: this is one of 10 TiB.
+_MANIFEST_MAX = 256 * MiB
+
+
+def open_stored(url: str, endpoint: str = "") -> AbstractAsyncContextManager[RangeReader]:
+    """Open a path or URL for reading, by the stage of the catalog that answers for its scheme.
+
+    Raises:
+        PlanError: no stage does. Entering it raises StoreError where it can't be read.
+    """
+    from stages.catalog import CATALOG
+
+    scheme = scheme_of(url)
+    for spec in CATALOG:
+        if scheme in spec.schemes and spec.open_reader is not None:
+            opened: AbstractAsyncContextManager[RangeReader] = spec.open_reader(url, endpoint=endpoint)
+            return opened
+    known = sorted({scheme for spec in CATALOG for scheme in spec.schemes if spec.open_reader is not None})
+    raise PlanError(
+        f"nothing is stored under {scheme}: URLs here",
+        operation="open",
+        url=without_secrets(url),
+        hint=f"A path, or a URL that begins with {', '.join(f'{one}://' for one in known)}.",
+    )
+
+
+def scheme_of(url: str) -> str:
+    """The scheme of a URL; `file` for a path."""
+    return url.partition("://")[0] if "://" in url else "file"
+
+
+async def read_manifest(image: str, endpoint: str) -> Manifest:
+    """The manifest of the image at a path or URL.
+
+    Raises:
+        FormatError: it is none, or contradicts itself. StoreError: it can't be read.
+    """
+    from pipeline.flow.manifest import Manifest, manifest_uri
+
+    where = manifest_uri(image)
+    try:
+        async with open_stored(where, endpoint) as reader:
+            if reader.size > _MANIFEST_MAX:
+                raise FormatError(
+                    "this is too large for a manifest",
+                    operation="read manifest",
+                    size=reader.size,
+                    limit=_MANIFEST_MAX,
+                    manifest=where,
+                )
+            text = await reader.read(0, reader.size)
+    except StoreError as error:
+        raise StoreError(
+            f"the manifest can't be read: {error}",
+            temporary=error.temporary,
+            status=error.status,
+            hint=f"{error.hint} It belongs beside the image, as {where}.".lstrip(),
+        ) from error
+    made = Manifest.from_json(text, where=where)
+    if not _is_usable(made):
+        raise FormatError(
+            "the manifest does not say what the image is",
+            operation="read manifest",
+            manifest=where,
+            hint="It was damaged or changed by hand; fetch it again.",
+        )
+    return made
+
+
+def _is_usable(manifest: Manifest) -> bool:
+    """Whether what is used here has the types that it should have: the file may come from anywhere."""
+    numbers = (manifest.disk.size, manifest.image.size, manifest.image.virtual_size)
+    return (
+        all(type(number) is int and number >= 0 for number in numbers)
+        and isinstance(manifest.image.format, str)
+        and isinstance(manifest.facts, dict)
+        and all(len(proof) == 3 and all(isinstance(text, str) for text in proof) for proof in manifest.receipt)
+    )

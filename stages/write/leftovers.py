@@ -1,0 +1,264 @@
+"""What runs left behind in a store: open multipart uploads, and temporary files.
+
+A URL names one target, or every one below it where it ends with a slash (or is a bucket alone).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+from urllib.parse import urlsplit
+
+import anyio.to_thread
+
+from pipeline.errors import PlanError, StoreError
+from stages.store.file import local_path
+from stages.write.partial import is_partial
+
+if TYPE_CHECKING:
+    from pipeline.flow.retry import Retry
+    from stages.store.s3 import S3Client
+    from stages.store.sftp import SftpClient
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leftover:
+    """One thing that a run left.
+
+    Attributes:
+        uri: of the target for an upload, of the file itself for a temporary file.
+        upload_id: the store's name of it; the file's name for a temporary file.
+        started: seconds since 1970: when an upload was opened, when a file was written last.
+        parts: None for a file, or where the store does not say.
+        size: bytes; None where the store does not say.
+        command: removes it without this program.
+    """
+
+    uri: str
+    upload_id: str
+    started: float
+    parts: int | None
+    size: int | None
+    command: str
+    remove: Callable[[], Awaitable[None]]
+
+    def age_s(self, now: float) -> float:
+        """How old it is, by the clock that dated it."""
+        return max(0.0, now - self.started)
+
+
+class Place(Protocol):
+    """Where to look."""
+
+    async def find(self) -> list[Leftover]:
+        """Everything that was left, the oldest first. Raises StoreError."""
+        ...
+
+    def now(self) -> float:
+        """Seconds since 1970 by the store's clock, as far as it is known."""
+        ...
+
+
+@asynccontextmanager
+async def place_of(url: str, *, endpoint: str = "") -> AsyncIterator[Place]:
+    """Where a URL or path points; connections close at the end.
+
+    Args:
+        endpoint: of an S3-compatible store.
+    Raises:
+        PlanError: nothing is ever left behind under such a URL.
+    """
+    scheme = url.partition("://")[0] if "://" in url else "file"
+    async with AsyncExitStack() as stack:
+        if scheme == "s3":
+            yield await stack.enter_async_context(_bucket(url, endpoint))
+        elif scheme == "sftp":
+            yield await stack.enter_async_context(_remote_folder(url))
+        elif scheme == "file":
+            yield _Folder(url)
+        else:
+            raise PlanError(
+                f"runs leave nothing behind under {scheme}: URLs",
+                operation="uploads",
+                url=url,
+                hint="A path, or a URL that begins with s3://, sftp:// or file://.",
+            )
+
+
+def names_many(url: str) -> bool:
+    """Whether the URL stands for everything below it."""
+    return url.endswith("/") or (url.startswith("s3://") and not urlsplit(url).path)
+
+
+class _Folder:
+    """A local folder, or one name in it."""
+
+    def __init__(self, url: str) -> None:
+        path = local_path(url).absolute()
+        self._folder, self._name = (path, "") if names_many(url) else (path.parent, path.name)
+
+    def now(self) -> float:
+        """This machine's clock."""
+        return time.time()
+
+    async def find(self) -> list[Leftover]:
+        """Temporary files."""
+        return await anyio.to_thread.run_sync(self._find)
+
+    def _find(self) -> list[Leftover]:
+        try:
+            found = [
+                self._leftover(entry)
+                for entry in os.scandir(self._folder)
+                if is_partial(entry.name, self._name) and entry.is_file(follow_symlinks=False)
+            ]
+        except OSError as error:
+            raise StoreError(
+                f"the folder can't be read: {os.strerror(error.errno or 0)}", operation="list", path=self._folder
+            ) from None
+        return sorted(found, key=lambda one: one.started)
+
+    def _leftover(self, entry: os.DirEntry[str]) -> Leftover:
+        status, path = entry.stat(follow_symlinks=False), Path(entry.path)
+
+        async def remove() -> None:
+            try:
+                await anyio.Path(path).unlink(missing_ok=True)
+            except OSError as error:
+                raise StoreError(
+                    f"it can't be removed: {os.strerror(error.errno or 0)}", operation="abort", path=path
+                ) from None
+
+        return Leftover(
+            uri=str(path),
+            upload_id=entry.name,
+            started=status.st_mtime,
+            parts=None,
+            size=status.st_blocks * 512,
+            command=shlex.join(["rm", str(path)]),
+            remove=remove,
+        )
+
+
+@asynccontextmanager
+async def _remote_folder(url: str) -> AsyncIterator[Place]:
+    from stages.write.sftp import client_library
+
+    async with client_library().connected(url, folder=names_many(url)) as client:
+        yield _RemoteFolder(client, client.where.path, names_many(url))
+
+
+class _RemoteFolder:
+    """A folder on an SFTP server, or one name in it."""
+
+    def __init__(self, client: SftpClient, path: str, is_folder: bool) -> None:
+        self._client = client
+        name = "" if is_folder else path.rpartition("/")[2]
+        self._before = path.removesuffix(name) if name else path.rstrip("/") + "/"
+        self._name = name
+
+    def now(self) -> float:
+        """This machine's clock: SFTP does not tell the server's."""
+        return time.time()
+
+    async def find(self) -> list[Leftover]:
+        """Temporary files."""
+        names = await self._client.names(self._before.rstrip("/") or self._before or ".")
+        return sorted(
+            (
+                self._leftover(self._before + name, name, state.modified, state.size)
+                for name, state in names
+                if is_partial(name, self._name) and not state.is_folder
+            ),
+            key=lambda one: one.started,
+        )
+
+    def _leftover(self, path: str, name: str, modified: float, size: int) -> Leftover:
+        async def remove() -> None:
+            await self._client.remove(path)
+
+        where = self._client.where
+        return Leftover(
+            uri=where.at(path),
+            upload_id=name,
+            started=modified,
+            parts=None,
+            size=size,
+            command=self._client.command("rm", path),
+            remove=remove,
+        )
+
+
+@asynccontextmanager
+async def _bucket(url: str, endpoint: str) -> AsyncIterator[Place]:
+    from pipeline.flow.retry import Retry, RetryPolicy
+    from pipeline.flow.stage import RealClock
+    from stages.store.s3 import S3Client
+
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    if not bucket:
+        raise PlanError(f'"{url}" does not name a bucket', operation="uploads", hint="Write s3://BUCKET/NAME.")
+    retry = Retry(RetryPolicy(), clock=RealClock(), emit=lambda event: None, stage="uploads")
+    client = await S3Client.connect(bucket, endpoint=endpoint, on_alive=retry.alive)
+    try:
+        yield _Bucket(client, retry, key, is_prefix=names_many(url))
+    finally:
+        await client.close()
+
+
+class _Bucket:
+    """Open multipart uploads of one key, or of every key with a prefix."""
+
+    def __init__(self, client: S3Client, retry: Retry, key: str, *, is_prefix: bool) -> None:
+        self._client = client
+        self._retry = retry
+        self._key = key
+        self._is_prefix = is_prefix
+
+    def now(self) -> float:
+        """The store's clock."""
+        return time.time() + self._client.skew_s
+
+    async def find(self) -> list[Leftover]:
+        """Every open upload, with what it holds."""
+        client = self._client
+        uploads = await self._retry.call("list_uploads", lambda: client.uploads_below(self._key))
+        found = []
+        for key, upload in uploads:
+            if not self._is_prefix and key != self._key:
+                continue
+            parts, size = await self._held(key, upload.upload_id)
+            found.append(
+                Leftover(
+                    uri=f"s3://{client.bucket}/{key}",
+                    upload_id=upload.upload_id,
+                    started=upload.initiated,
+                    parts=parts,
+                    size=size,
+                    command=client.command("abort-multipart-upload", key, "--upload-id", upload.upload_id),
+                    remove=self._remover(key, upload.upload_id),
+                )
+            )
+        return sorted(found, key=lambda one: one.started)
+
+    async def _held(self, key: str, upload_id: str) -> tuple[int | None, int | None]:
+        from stages.store.s3 import S3Error
+
+        try:
+            return await self._retry.call("list_parts", lambda: self._client.parts_held(key, upload_id))
+        except S3Error as error:
+            if error.temporary:
+                raise
+            return None, None  # this store does not list parts, or not for us
+
+    def _remover(self, key: str, upload_id: str) -> Callable[[], Awaitable[None]]:
+        async def remove() -> None:
+            await self._retry.call("abort", lambda: self._client.abort_upload(key, upload_id))
+
+        return remove

@@ -1,0 +1,133 @@
+"""Store pieces as a file that takes writes at any offset: the one driver for local files and SFTP.
+
+Pieces that lie well are written from the buffers they were read into; the rest is packed into staging buffers first.
+Zeros that nobody wrote are holes. A target that takes bytes in order only gets every one of them, zeros too.
+"""
+
+from __future__ import annotations
+
+import anyio
+import anyio.abc
+
+from pipeline.errors import StageError, first_error
+from pipeline.events import UploadOpened
+from pipeline.flow.buffers import Pool
+from pipeline.flow.channels import Inlet
+from pipeline.flow.items import Piece
+from pipeline.flow.pacing import RateLimit
+from pipeline.flow.stage import StageContext
+from pipeline.units import KiB
+from stages.write.packing import Batch, Packer, is_aligned
+from stages.write.shapes import RangeUpload
+
+# Zeros shorter than this inside a packed stream are written, longer ones are left out of the file.
+_HOLE_MIN = 64 * KiB
+
+
+class RangeDriver:
+    """Drives one upload from the first piece to the sealed file, or to its abort. Used once."""
+
+    def __init__(
+        self, upload: RangeUpload, context: StageContext, *, staging: Pool, in_flight: int, limit: RateLimit
+    ) -> None:
+        """Prepare it; nothing is written before `store`.
+
+        Args:
+            staging: where pieces are packed; borrowed. Has at least two buffers.
+            in_flight: batches being written at once.
+        """
+        self._upload = upload
+        self._context = context
+        self._packer = Packer(staging)
+        self._batch = Batch()
+        self._in_flight = in_flight
+        self._limit = limit
+        self._room = anyio.Semaphore(in_flight)
+        self._size = 0
+        self._guest_bytes = 0
+
+    async def store(self, inlet: Inlet[Piece]) -> int:
+        """Take every piece, write and seal; returns the image's size in bytes.
+
+        Raises:
+            StageError: pieces or guest bytes are missing; nothing was committed.
+            StoreError: the target failed for good.
+            LeftBehindError: it failed, and removing what was written failed too.
+        Cancellation: what was written is removed.
+        """
+        self._context.meter.parallelism = self._in_flight
+        try:
+            await self._upload.create()
+            self._context.emit(UploadOpened(stage=self._context.name, uri=self._upload.partial_uri))
+            if self._upload.in_order:
+                self._room = anyio.Semaphore(1)
+            try:
+                async with anyio.create_task_group() as tasks:
+                    async for piece in inlet:
+                        self._size = max(self._size, piece.end)
+                        self._guest_bytes += piece.guest_bytes
+                        await (self._follow(piece, tasks) if self._upload.in_order else self._take(piece, tasks))
+                    await self._write(self._batch, tasks)
+                    await self._write(self._packer.take(), tasks)
+            except BaseExceptionGroup as group:
+                raise first_error(group) from group
+            if self._guest_bytes != self._context.disk_size:
+                raise StageError(
+                    f"{self._guest_bytes} of {self._context.disk_size} guest bytes were written; nothing was committed",
+                    operation="seal",
+                )
+            with self._context.meter.working():
+                await self._upload.seal(self._size)
+        except BaseException as error:
+            await self._upload.abort(error)
+            raise
+        return self._size
+
+    async def _take(self, piece: Piece, tasks: anyio.abc.TaskGroup) -> None:
+        packer = self._packer
+        is_long_zero = piece.data is None and piece.length >= _HOLE_MIN
+        follows = packer.follows(piece.offset)
+        if packer.is_open and (not follows or is_long_zero or (is_aligned(piece) and packer.at_unit)):
+            await self._write(packer.take(), tasks)
+            follows = False
+        if piece.data is None and not follows:
+            self._context.progress.acknowledge(guest_bytes=piece.guest_bytes, image_bytes=0)
+        elif follows or not is_aligned(piece):
+            async for full in packer.add(piece):
+                await self._write(full, tasks)
+        else:
+            # One window a batch: a batch must not hold buffers while it waits for more of them.
+            if not self._batch.takes(piece):
+                await self._write(self._batch, tasks)
+                self._batch = Batch()
+            self._batch.add(piece)
+
+    async def _follow(self, piece: Piece, tasks: anyio.abc.TaskGroup) -> None:
+        """In order and without a gap."""
+        position = self._packer.position
+        if piece.offset < position:
+            raise StageError(
+                "the target takes writes in order only, and this piece belongs before others",
+                operation="write",
+                offset=piece.offset,
+                expected=position,
+            )
+        gap = Piece(position, piece.offset - position, None, 0)
+        for one in (gap, piece) if gap.length else (piece,):
+            async for full in self._packer.add(one):
+                await self._write(full, tasks)
+
+    async def _write(self, batch: Batch | None, tasks: anyio.abc.TaskGroup) -> None:
+        if batch is not None and batch.parts:
+            await self._room.acquire()
+            tasks.start_soon(self._write_batch, batch)
+
+    async def _write_batch(self, batch: Batch) -> None:
+        try:
+            await self._limit.wait(batch.length)
+            with self._context.meter.working():
+                await self._upload.write(batch.parts)
+        finally:
+            self._room.release()
+        batch.release()
+        self._context.progress.acknowledge(guest_bytes=batch.guest_bytes, image_bytes=batch.length)

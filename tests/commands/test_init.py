@@ -1,0 +1,192 @@
+"""`pipeline init`: a file that passes `check`, a next step, and no question."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from pipeline.__main__ import main
+from pipeline.config.machine import Disk, Machine, SystemDisk
+from pipeline.config.parse import load_config
+from pipeline.config.proposal import Proposal, Target, proposal_text, target_of
+from pipeline.config.wiring import WiredChain, load_chain
+from pipeline.units import GiB, MiB
+from stages.catalog import CATALOG
+from tests.commands.conftest import Said
+from tests.disks.letters import write_disk
+
+SDA = Disk(name="sda", size=256 * GiB, model="Fast SSD")
+SDB = Disk(name="sdb", size=20 * GiB)
+
+
+@pytest.fixture
+def init(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
+    """`init("disk.raw")` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Said:
+        result = CliRunner().invoke(main, ["init", *arguments], prog_name="pipeline")
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        return Said(result.exit_code, result.stdout, result.stderr)
+
+    return run
+
+
+def chain_of(path: Path) -> WiredChain:
+    _, chain = load_chain(path, CATALOG)
+    return chain
+
+
+def proposal(target: Target | None = None, **more: object) -> str:
+    made = Proposal(
+        name="web01",
+        disk="/dev/sda",
+        disk_title="256 GiB, Fast SSD",
+        target=target or target_of("s3://images/web01.qcow2", CATALOG),
+        **more,  # type: ignore[arg-type]  # passed on
+    )
+    return proposal_text(made, CATALOG)
+
+
+def test_a_raw_file_and_a_path_make_a_file_that_plans_and_runs(init: Callable[..., Said], tmp_path: Path) -> None:
+    write_disk(tmp_path / "disk.raw", "AB0-")
+    said = init("disk.raw", str(tmp_path / "out.qcow2"))
+    assert (said.code, said.err) == (0, "")
+    assert said.out.endswith("The next step: pipeline plan export.toml\n")
+    ran = CliRunner().invoke(main, ["run", "export.toml", "--quiet"], prog_name="pipeline")
+    assert ran.exit_code == 0, ran.stderr
+    assert (tmp_path / "disk.html").exists()
+
+
+@pytest.mark.parametrize(
+    "url, writer, encoder, verifiers",
+    [
+        ("s3://images/web01.qcow2", "write.s3", "encode.qcow2", ["verify.receipt", "verify.readback"]),
+        ("s3://images/web01.raw", "write.s3", "encode.raw", ["verify.receipt", "verify.readback"]),
+        ("/mnt/share/web01.img", "write.file", "encode.raw", ["verify.readback"]),
+        ("file:///mnt/share/web01", "write.file", "encode.qcow2", ["verify.readback"]),
+        ("web01.qcow2", "write.file", "encode.qcow2", ["verify.readback"]),
+    ],
+)
+def test_the_target_decides_on_writer_format_and_verification(
+    tmp_path: Path, url: str, writer: str, encoder: str, verifiers: list[str]
+) -> None:
+    (tmp_path / "x.toml").write_text(proposal(target_of(url, CATALOG)))
+    chain = chain_of(tmp_path / "x.toml")
+    assert (chain.writer.name, chain.encoder.name) == (writer, encoder)
+    assert [stage.name for stage in chain.verifiers] == verifiers
+
+
+def test_an_endpoint_goes_into_the_file(tmp_path: Path) -> None:
+    target = target_of("s3://images/web01.qcow2", CATALOG, "https://s3.example.com")
+    (tmp_path / "x.toml").write_text(proposal(target))
+    assert chain_of(tmp_path / "x.toml").writer.options.endpoint == "https://s3.example.com"
+
+
+def test_a_disk_in_use_is_told_in_the_file_where_it_is_read(tmp_path: Path) -> None:
+    text = proposal(mounted=("/", "/srv"))
+    before = text[: text.index('use  = "read.disk"')]
+    assert "THIS DISK IS IN USE: /, /srv can be written while it is read." in before
+    assert "export a snapshot" in before
+    assert "IN USE" not in proposal()
+
+
+def test_little_memory_gets_the_least_and_says_why(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text(proposal(memory=200 * MiB))
+    assert load_config(tmp_path / "x.toml", CATALOG).export.memory == 32 * MiB
+    (tmp_path / "x.toml").write_text(proposal(memory=8 * GiB))
+    assert load_config(tmp_path / "x.toml", CATALOG).export.memory == 96 * MiB
+
+
+@pytest.mark.parametrize("odd", ['a"b', "back\\slash", "new\nline", "tab\t", "\x7f", "ü #", "'''"])
+def test_names_of_any_kind_stay_names(tmp_path: Path, odd: str) -> None:
+    made = Proposal(name="web01", disk=odd, disk_title=odd, target=target_of(f"/mnt/{odd}", CATALOG), mounted=(odd,))
+    (tmp_path / "x.toml").write_text(proposal_text(made, CATALOG))
+    chain = chain_of(tmp_path / "x.toml")
+    assert str(chain.source.options.path) == odd
+    assert str(chain.writer.options.path) == f"/mnt/{odd}"
+
+
+def test_a_file_that_is_there_stays_as_it_is(init: Callable[..., Said], tmp_path: Path) -> None:
+    write_disk(tmp_path / "disk.raw", "A")
+    (tmp_path / "export.toml").write_text("mine")
+    said = init("disk.raw", "out.qcow2")
+    assert said.code == 2
+    assert "the file is there already" in said.err
+    assert (tmp_path / "export.toml").read_text() == "mine"
+    assert init("disk.raw", "out.qcow2", "-o", "other.toml").code == 0
+    assert (tmp_path / "other.toml").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (["/dev/nope"], "can't look at the disk: no such file or directory"),
+        (["."], "this is neither a block device nor a file"),
+        (["disk.raw", "ftp://x/y"], "nothing is stored under ftp:// here"),
+        (["disk.raw", "s3://images/"], "names a folder"),
+        (["disk.raw", "x.raw", "--endpoint", "https://a"], "write.file has no endpoint"),
+        (["disk.raw", "x.raw", "-o", "no/such/folder.toml"], "the file can't be written"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_2_and_writes_nothing(
+    init: Callable[..., Said], tmp_path: Path, arguments: list[str], reason: str
+) -> None:
+    write_disk(tmp_path / "disk.raw", "A")
+    said = init(*arguments)
+    assert said.code == 2
+    assert reason in " ".join(said.err.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk.raw"]
+
+
+def test_several_system_disks_are_listed_and_none_is_taken(
+    init: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Machine, "system_disk", lambda self: SystemDisk(disks=(SDA, SDB)))
+    said = init()
+    assert said.code == 2
+    assert "runs from 2 disks: /dev/sda (256 GiB, Fast SSD); /dev/sdb (20 GiB)" in said.err
+    assert "pipeline init /dev/sda" in said.err
+
+
+def test_a_container_says_so_and_lists_the_disks(init: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "the root filesystem is an overlay: a container or a live system"
+    monkeypatch.setattr(Machine, "system_disk", lambda self: SystemDisk(disks=(), reason=reason))
+    monkeypatch.setattr(Machine, "disks", lambda self: [SDA])
+    said = init("s3://images/web01.qcow2")
+    assert said.code == 2
+    assert f"can't tell which disk to export: {reason}" in said.err
+    assert "Disks here: /dev/sda (256 GiB, Fast SSD). Name the disk" in said.err
+
+
+def test_json_tells_what_was_written(init: Callable[..., Said], tmp_path: Path) -> None:
+    write_disk(tmp_path / "disk.raw", "A")
+    [told] = init("disk.raw", "--json").objects
+    assert told["type"] == "initialised"
+    assert told["file"] == "export.toml"
+    assert told["disk"] == "disk.raw"
+    assert told["target_is_guess"] is True
+
+
+def test_without_arguments_on_this_machine_it_writes_a_good_file_or_says_why_not(tmp_path: Path) -> None:
+    """The real /proc and /sys; as a program of its own, with nobody to answer a question."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", "init", "-o", str(tmp_path / "x.toml"), "--json"],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+        timeout=60,
+    )
+    if done.returncode == 0:
+        chain = chain_of(tmp_path / "x.toml")
+        assert str(chain.source.options.path) == json.loads(done.stdout)["disk"]
+    else:
+        assert done.returncode == 2
+        assert "can't tell which disk to export" in done.stderr or "disks: " in done.stderr

@@ -1,0 +1,112 @@
+"""Every file in configs/ is right, and exports a small disk to where it says: only paths and addresses are changed.
+
+A new file is picked up by itself. Where it goes is decided by its stages' names: `PLACES` says for each how a test
+stands in for the real thing.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pipeline.flow.manifest import Manifest
+from tests.disks.letters import write_disk
+from tests.end_to_end.command import call
+from tests.stores.s3 import S3Server
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a config is run with."""
+
+    folder: Path
+    disk: Path
+    server: S3Server
+    bucket: str
+
+    def name_of(self, told: str) -> str:
+        """The last part of a path or URL in a config."""
+        return told.rpartition("/")[2]
+
+
+Stage = Mapping[str, str]
+Overrides = dict[str, str]
+
+
+def _to_file(bench: Bench, stage: Stage) -> Overrides:
+    return {"path": str(bench.folder / bench.name_of(stage["path"]))}
+
+
+def _to_s3(bench: Bench, stage: Stage) -> Overrides:
+    url = f"s3://{bench.bucket}/{bench.name_of(stage['url'])}"
+    return {"url": url, "endpoint": bench.server.endpoint}
+
+
+# What to change in a stage so that it runs here; a stage that is not named runs as it is written.
+PLACES: dict[str, Callable[[Bench, Stage], Overrides]] = {
+    "read.disk": lambda bench, _: {"path": str(bench.disk)},
+    "write.file": _to_file,
+    "write.s3": _to_s3,
+    "write.pipe": lambda bench, _: {"command": f'["dd", "of={bench.folder / "image"}", "status=none"]'},
+}
+
+
+def stages_of(config: Path) -> list[dict[str, str]]:
+    stages: list[dict[str, str]] = tomllib.loads(config.read_text())["stage"]
+    return stages
+
+
+def overrides(config: Path, bench: Bench) -> list[str]:
+    """The --set arguments that put a config on the bench."""
+    changes = {"export.manifest": str(bench.folder / "local.manifest.json")}
+    for stage in stages_of(config):
+        place = PLACES.get(stage["use"])
+        if place is not None:
+            changes |= {f"{stage['use']}.{name}": value for name, value in place(bench, stage).items()}
+    return [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small disk; large enough for more than one request."""
+    return write_disk(tmp_path_factory.mktemp("configs") / "disk.raw", "ABCD0--EFGH00-IJKLMN---")
+
+
+def test_there_are_configs() -> None:
+    assert {"demo", "file-qcow2", "file-raw", "s3-qcow2", "s3-raw"} <= {config.stem for config in CONFIGS}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
+def test_config_is_right_as_it_stands(config: Path) -> None:
+    said = call("check", config)
+    assert said.code == 0, said.err
+    assert " -> ".join(stage["use"] for stage in stages_of(config)) in said.out
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
+def test_config_explains_itself(config: Path) -> None:
+    lines = config.read_text().splitlines()
+    assert lines[0].startswith("# ")
+    assert lines[0].endswith((".", "?"))
+    assert max(len(line) for line in lines) <= 140
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
+def test_config_exports_a_disk(config: Path, seaweedfs: S3Server, tmp_path: Path, disk: Path) -> None:
+    bench = Bench(tmp_path, disk, seaweedfs, seaweedfs.new_bucket())
+    said = call("run", config, "--json", *overrides(config, bench), env=seaweedfs.environment())
+    assert said.code == 0, said.err
+    finished = said.last("run_finished")
+    assert finished["disk_bytes"] == disk.stat().st_size
+    names = [stage["use"] for stage in stages_of(config)]
+    assert finished["verified"] == ("identical" if "verify.readback" in names else finished["verified"])
+    if "write.null" not in names:
+        manifest = Manifest.from_json((tmp_path / "local.manifest.json").read_bytes(), where="the local copy")
+        assert manifest.disk.size == disk.stat().st_size
+    seaweedfs.delete_bucket(bench.bucket)
