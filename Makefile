@@ -12,7 +12,8 @@ help:
 	@echo "make demo       export a small demo disk to an embedded S3 store, verified"
 	@echo "make test       the tests (make test-slow: the long ones)"
 	@echo "make check      format, lint, types, tests: what CI runs"
-	@echo "make docs       write docs/stages.md and docs/export.schema.json from the catalog"
+	@echo "make docs       write docs/stages.md, docs/formats.md and docs/export.schema.json from the catalog"
+	@echo "make fuzz       fuzz every image reader, guided by coverage, for SECONDS=60 each (FORMAT=qcow2: only that one)"
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -37,11 +38,20 @@ test: tools
 test-slow: tools
 	$(BIN)/pytest -m slow --timeout 1800
 
+# Not in CI: what it finds becomes a test. atheris needs clang's libraries only where it has no wheel.
+SECONDS ?= 60
+FORMAT ?= all
+fuzz: tools
+	$(BIN)/pip install --quiet --disable-pip-version-check --group fuzz
+	$(BIN)/python -m tests.decode.fuzz --seconds $(SECONDS) --format $(FORMAT)
+.PHONY: fuzz
+
 check: env
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pipeline stages --markdown | diff -u docs/stages.md - || (echo "docs/stages.md is stale: make docs" && exit 1)
+	$(BIN)/python -m pipeline stages --formats | diff -u docs/formats.md - || (echo "docs/formats.md is stale: make docs" && exit 1)
 	$(BIN)/python -m pipeline stages --schema | diff -u docs/export.schema.json - || (echo "docs/export.schema.json is stale: make docs" && exit 1)
 	$(MAKE) test
 
@@ -51,6 +61,7 @@ format: env
 
 docs: env
 	$(BIN)/python -m pipeline stages --markdown > docs/stages.md
+	$(BIN)/python -m pipeline stages --formats > docs/formats.md
 	$(BIN)/python -m pipeline stages --schema > docs/export.schema.json
 
 clean:

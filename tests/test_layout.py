@@ -90,11 +90,12 @@ def test_packages_hold_a_docstring_and_reexports_only() -> None:
             assert all(isinstance(node, allowed) for node in ast.parse(path.read_text()).body), short(path)
 
 
-def test_the_list_of_stages_is_the_one_that_the_catalog_has() -> None:
+@pytest.mark.parametrize("option, page", [("--markdown", "stages.md"), ("--formats", "formats.md")])
+def test_pages_about_stages_say_what_the_catalog_says(option: str, page: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline", "stages", "--markdown"], capture_output=True, text=True, check=True, cwd=ROOT
+        [sys.executable, "-m", "pipeline", "stages", option], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    assert done.stdout == (ROOT / "docs/stages.md").read_text(), "run `make docs`"
+    assert done.stdout == (ROOT / "docs" / page).read_text(), "run `make docs`"
 
 
 def test_no_file_names_a_machine_or_a_registry() -> None:

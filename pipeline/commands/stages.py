@@ -1,6 +1,6 @@
 """`pipeline stages`: what can stand in a chain, with its options.
 
-Also the text of docs/stages.md and docs/export.schema.json.
+Also the text of docs/stages.md, docs/formats.md and docs/export.schema.json.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ _ROLES = {
 @click.argument("name", required=False, shell_complete=stage_names)
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of export files, for editors.")
 @click.option("--markdown", is_flag=True, hidden=True, help="Print docs/stages.md.")
+@click.option("--formats", is_flag=True, help="Print which image goes to which target, and in how many passes.")
 @verb
-def command(console: Console, name: str | None, schema: bool, markdown: bool) -> int:
+def command(console: Console, name: str | None, schema: bool, markdown: bool, formats: bool) -> int:
     """List the stages that can stand in a chain, or one stage with its options."""
     from stages.catalog import CATALOG
 
@@ -45,6 +46,13 @@ def command(console: Console, name: str | None, schema: bool, markdown: bool) ->
         if name is not None or markdown or console.as_json:
             raise click.UsageError("--schema stands alone: it prints one JSON document.")
         console.say(schema_text(CATALOG))
+        return 0
+    if formats:
+        from pipeline.commands.formats import format_lines
+        from stages.decode.opening import FORMATS
+
+        for line in format_lines(CATALOG, FORMATS):
+            console.say(line)
         return 0
     if name is None:
         lines = markdown_lines(CATALOG) if markdown else _list_lines(CATALOG)

@@ -372,7 +372,8 @@ def divide_memory(total: int, window: int, made_max: int, *, with_replay: bool, 
         # Read and not yet taken, taken and not yet compressed (each window may hold the buffer before its own too).
         buffers = 2 * (workers + 1) if workers > 1 else 4
         made = (workers + 3) * made_max
-        compressed = total - replay - buffers * window - made
+        # As many windows of memory as threads are kept to put the parts of one together.
+        compressed = total - replay - buffers * window - made - workers * window
         for_writer = compressed - (workers + 1) * compressed_max
     elif made_max:
         buffers = workers + 2

@@ -141,16 +141,25 @@ class ImageWindow:
         """Whether nothing in it has to be looked at."""
         return not self.parts
 
-    def joined(self) -> memoryview:
-        """All of it in one stretch of memory, borrowed where one part is all there is, else copied. Threads: any."""
+    def joined(self, scratch: bytearray | None = None) -> memoryview:
+        """All of it in one stretch of memory, borrowed where one part is all there is, else copied. Threads: any.
+
+        Args:
+            scratch: where it is copied to, at least as long; the result is valid until it is used again. Fresh memory
+                costs a page fault for every 4 KiB, which is as much time as a fast codec takes for a third of them.
+        """
         if len(self.parts) == 1:
             only = _view(self.parts[0][1])
             if only.nbytes >= self.length:
                 return only[: self.length]
-        whole = memoryview(bytearray(self.length))
+        whole = memoryview(scratch if scratch is not None else bytearray(self.length))[: self.length]
+        position = 0
         for start, data in self.parts:
             view = _view(data)[: self.length - start]
-            whole[start : start + view.nbytes] = view
+            _clear(whole[position:start])
+            position = start + view.nbytes
+            whole[start:position] = view
+        _clear(whole[position:])
         return whole
 
     def release(self) -> None:
@@ -163,6 +172,15 @@ class ImageWindow:
 
 def _view(data: Slice | bytes | bytearray) -> memoryview:
     return data.view if isinstance(data, Slice) else memoryview(data)
+
+
+_ZEROS = bytes(64 * 1024)
+
+
+def _clear(view: memoryview) -> None:
+    for start in range(0, view.nbytes, len(_ZEROS)):
+        part = view[start : start + len(_ZEROS)]
+        part[:] = _ZEROS[: part.nbytes]
 
 
 class RangeReader(Protocol):

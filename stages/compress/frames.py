@@ -62,6 +62,8 @@ class FrameCompressor:
         self._zero_frame = codec.compress(bytes(context.window))
         self._zero_frames = memoryview(self._zero_frame * _ZERO_FRAMES)
         self._identity = ""
+        # As many as windows are compressed at once: the planning sets memory aside for them.
+        self._scratches: list[bytearray] = []
 
     @property
     def position(self) -> int:
@@ -85,7 +87,12 @@ class FrameCompressor:
                 return Framed(*made, self._codec.compress(bytes(window.length)))
             return Framed(*made, zeros=window.length // self._window)
         try:
-            frame = self._codec.compress(window.joined())
+            try:
+                scratch = self._scratches.pop()
+            except IndexError:
+                scratch = bytearray(self._window)
+            frame = self._codec.compress(window.joined(scratch))
+            self._scratches.append(scratch)
         except BaseException:
             if charge is not None:
                 charge.release()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import subprocess
 import tomllib
 from collections.abc import Callable
@@ -67,7 +69,7 @@ def same(one: Path, format: str, other: Path, other_format: str) -> None:
     run("qemu-img", "compare", "-f", names[0], "-F", names[1], str(one), str(other))
 
 
-@pytest.mark.parametrize("source, target", itertools.product(FORMATS, FORMATS))
+@pytest.mark.parametrize("source, target", list(itertools.product(FORMATS, FORMATS)))
 def test_every_format_becomes_every_other(
     convert: Convert, sources: dict[str, Path], tmp_path: Path, source: str, target: str
 ) -> None:
@@ -86,11 +88,11 @@ def test_archives_are_written_and_read_again(
     assert convert(sources["qcow2"], packed).code == 0
     said = convert(packed, "again.qcow2", "-f", target)
     assert said.code == 0, said.err
-    size = sources["raw"].stat().st_size
-    run("qemu-img", "convert", "-O", "raw", "again.qcow2", "again.raw")
-    again = (tmp_path / "again.raw").read_bytes()
-    assert again[:size] == sources["raw"].read_bytes()
-    assert not any(again[size:])
+    padded = tmp_path / "padded.raw"
+    padded.write_bytes(sources["raw"].read_bytes())
+    size = json.loads(subprocess.check_output(["qemu-img", "info", "--output=json", "again.qcow2"]))["virtual-size"]
+    os.truncate(padded, size)
+    same(padded, "raw", tmp_path / "again.qcow2", "qcow2")
 
 
 def test_without_c_nothing_is_compressed(convert: Convert, sources: dict[str, Path], tmp_path: Path) -> None:

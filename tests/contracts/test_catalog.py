@@ -13,7 +13,7 @@ import stages
 from pipeline.config.options import option_fields
 from pipeline.config.wiring import ROLES
 from pipeline.flow.orders import Order, PartLimits, Traits
-from pipeline.flow.stage import BLOCKS, NOTHING, STORED_IMAGE, StageSpec
+from pipeline.flow.stage import BLOCKS, DISK_SIZE, NOTHING, STORED_IMAGE, StageSpec
 from stages.catalog import CATALOG
 
 SPECS = list(CATALOG)
@@ -106,6 +106,13 @@ def test_ports_are_those_of_the_role(spec: StageSpec) -> None:
         assert spec.open_reader is None
         return
     assert spec.gives.item == gives
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.role == "read"], ids=lambda spec: spec.name)
+def test_source_has_either_load_or_fetch(spec: StageSpec) -> None:
+    """What the engine calls to fill a buffer; with both it would be unclear which."""
+    assert hasattr(spec.build, "load") != hasattr(spec.build, "fetch")
+    assert spec.provides == (DISK_SIZE,)
 
 
 @each

@@ -206,7 +206,7 @@ async def test_store_that_is_silent_from_the_readback_on_is_told_with_the_comman
     async with FaultProxy(one_place.server.port, rules=rules) as proxy:
         said = await run("run", one_place.toml(), env=one_place.through(proxy.url), program=IMPATIENT)
         assert said.code == 4, said.err
-        assert said.has("the image could not be removed", "after: read: no answer for 1 s", "aws s3api delete-object")
+        assert said.has("the image could not be removed", "after: read: no answer for 1.0 s", "aws s3api delete-object")
         proxy.set_rules()
         proxy.release()
         await clean_up_as_told(one_place, said)

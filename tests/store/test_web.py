@@ -52,6 +52,14 @@ async def test_replaced_object_is_not_mixed_with_the_new_one(server: RangedServe
         assert not caught.value.temporary
 
 
+async def test_server_that_ignores_conditions_is_caught_by_its_etag(server: RangedServer) -> None:
+    server.knows_conditions = False
+    async with open_web_reader(f"{server.url}/disk", policy=QUICK) as reader:
+        server.files["/disk"] = DATA[::-1]
+        with pytest.raises(StoreError, match="was replaced"):
+            await reader.read(0, 10)
+
+
 async def test_server_without_ranges_is_refused_before_it_sends_the_object(server: RangedServer) -> None:
     server.knows_ranges = False
     server.files["/disk"] = bytes(200 * MiB)
