@@ -17,6 +17,7 @@ from pipeline.flow.manifest import Manifest
 from tests.decode.images import run
 from tests.disks.letters import write_disk
 from tests.end_to_end.command import call
+from tests.stores.openssh import SftpServer
 from tests.stores.s3 import S3Server
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
@@ -30,6 +31,7 @@ class Bench:
     disk: Path
     server: S3Server
     bucket: str
+    sftp: SftpServer
 
     def name_of(self, told: str) -> str:
         """The last part of a path or URL in a config."""
@@ -49,6 +51,14 @@ def _to_s3(bench: Bench, stage: Stage) -> Overrides:
     return {"url": url, "endpoint": bench.server.endpoint}
 
 
+def _to_sftp(bench: Bench, stage: Stage) -> Overrides:
+    return {
+        "url": bench.sftp.url(f"{bench.folder.name}-{bench.name_of(stage['url'])}"),
+        "identity_files": f'["{bench.sftp.identity}"]',
+        "known_hosts": str(bench.sftp.known_hosts),
+    }
+
+
 def _from_image(bench: Bench, stage: Stage) -> Overrides:
     image = bench.folder / f"source.{stage['format']}"
     run("qemu-img", "convert", "-f", "raw", "-O", stage["format"], str(bench.disk), str(image))
@@ -61,6 +71,7 @@ PLACES: dict[str, Callable[[Bench, Stage], Overrides]] = {
     "read.image": _from_image,
     "write.file": _to_file,
     "write.s3": _to_s3,
+    "write.sftp": _to_sftp,
     "write.pipe": lambda bench, _: {"command": f'["dd", "of={bench.folder / "image"}", "status=none"]'},
 }
 
@@ -106,8 +117,10 @@ def test_config_explains_itself(config: Path) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
-def test_config_exports_a_disk(config: Path, seaweedfs: S3Server, tmp_path: Path, disk: Path) -> None:
-    bench = Bench(tmp_path, disk, seaweedfs, seaweedfs.new_bucket())
+def test_config_exports_a_disk(
+    config: Path, seaweedfs: S3Server, sftp_server: SftpServer, tmp_path: Path, disk: Path
+) -> None:
+    bench = Bench(tmp_path, disk, seaweedfs, seaweedfs.new_bucket(), sftp_server)
     said = call("run", config, "--json", *overrides(config, bench), env=seaweedfs.environment())
     assert said.code == 0, said.err
     finished = said.last("run_finished")
