@@ -180,7 +180,11 @@ async def plan_run(
         inner, window = _layout(chain, info)
         layout = _wrapped(chain, inner, window)
         compressed_max = layout.made_max if chain.compressors else 0
-        memory = divide_memory(total, window, inner.made_max, with_replay=True, compressed_max=compressed_max)
+        sink = chain.writer.spec.sink
+        gathered = chain.order is Order.HEAD_LAST and sink is not None and sink.parts is not None
+        memory = divide_memory(
+            total, window, inner.made_max, with_replay=True, compressed_max=compressed_max, gathered=gathered
+        )
         threads = anyio.CapacityLimiter(memory.workers * (2 if chain.compressors else 1) + 4)
         context = replace(
             context, disk_size=info.size, window=window, layout=inner, workers=memory.workers, threads=threads
@@ -223,6 +227,7 @@ async def plan_run(
             inner.made_max,
             with_replay=bool(sink_plan.boundaries),
             compressed_max=compressed_max,
+            gathered=gathered,
         )
         memory = replace(memory, total=config.export.memory)
         context.ledger.total = memory.made
@@ -350,7 +355,9 @@ async def map_disk(
     return found
 
 
-def divide_memory(total: int, window: int, made_max: int, *, with_replay: bool, compressed_max: int = 0) -> MemoryPlan:
+def divide_memory(
+    total: int, window: int, made_max: int, *, with_replay: bool, compressed_max: int = 0, gathered: bool = False
+) -> MemoryPlan:
     """Divide the run's memory so that reader, encoder, compressor and writer can't starve each other.
 
     The next window in order always has its memory before any later one, so there is progress as long as the writer
@@ -358,6 +365,8 @@ def divide_memory(total: int, window: int, made_max: int, *, with_replay: bool, 
 
     Args:
         compressed_max: what compressing one window takes; 0 without a compressor.
+        gathered: the writer gathers parts of an image that leaves zeros out: a part may hold a little of very many
+            windows, so it is given made bytes, into which it copies what would keep a whole buffer.
     Raises:
         PlanError: not even one window at a time fits.
     """
@@ -379,6 +388,10 @@ def divide_memory(total: int, window: int, made_max: int, *, with_replay: bool, 
         buffers = workers + 2
         made = total - replay - buffers * window
         for_writer = made - (workers + 1) * made_max
+    elif gathered:
+        buffers = workers + 2
+        made = total - replay - buffers * window
+        for_writer = made - 2 * window
     else:
         buffers = (total - replay) // window
         made = 0

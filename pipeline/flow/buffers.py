@@ -110,9 +110,10 @@ class Charge:
 class _Hold:
     """Counts the slices that share one buffer or charge; the last one to go gives it back."""
 
-    __slots__ = ("_count", "_give_back", "_lock")
+    __slots__ = ("_count", "_give_back", "_lock", "pooled_bytes")
 
-    def __init__(self, give_back: Callable[[], None]) -> None:
+    def __init__(self, give_back: Callable[[], None], pooled_bytes: int = 0) -> None:
+        self.pooled_bytes = pooled_bytes
         self._count = 1
         self._give_back = give_back
         self._lock = threading.Lock()
@@ -156,6 +157,11 @@ class Slice:
         self._hold.share()
         return Slice(self.view[start:stop], self._hold)
 
+    @property
+    def pooled_bytes(self) -> int:
+        """Length of the pool buffer that this slice keeps, however little of it it shows; 0 for charged bytes."""
+        return self._hold.pooled_bytes
+
     def shares_with(self, other: Slice) -> bool:
         """Whether both look at the same buffer or charge."""
         return self._hold is other._hold
@@ -185,7 +191,7 @@ class Lease:
 
     def __init__(self, buffer: memoryview, give_back: Callable[[], None]) -> None:
         self.buffer = buffer
-        self._hold = _Hold(give_back)
+        self._hold = _Hold(give_back, buffer.nbytes)
 
     def into_slice(self, length: int) -> Slice:
         """Hand the first `length` bytes on, read-only; the lease must not be used any more."""

@@ -11,13 +11,14 @@ Nothing is sealed unless every guest byte is accounted for, and whatever fails o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import anyio
 import anyio.abc
 
 from pipeline.errors import LeftBehindError, PlanError, StageError, StoreError, first_error
 from pipeline.events import PartReplayed, PartStored, UploadOpened, UploadRemoved
+from pipeline.flow.buffers import Slice, charged_slice
 from pipeline.flow.channels import Inlet
 from pipeline.flow.items import Piece
 from pipeline.flow.orders import Order, PartLimits
@@ -209,7 +210,7 @@ class PartDriver:
                 expected=expected,
                 order=self._context.order.value,
             )
-        rest = Segment.of(piece)
+        rest = Segment.of(await self._without_buffer(piece))
         if is_head:
             self._head_position = piece.end
             self._head.add(rest)
@@ -241,6 +242,24 @@ class PartDriver:
             if later is None:
                 return
             rest = later
+
+    async def _without_buffer(self, piece: Piece) -> Piece:
+        """The piece as bytes of its own, where a part could gather slices of more buffers than there are.
+
+        An image that leaves zeros out puts a little of very many windows into one part. The planning gave this run
+        made bytes instead of buffers then (`divide_memory`).
+        """
+        data, ledger = piece.data, self._context.ledger
+        if not isinstance(data, Slice) or not data.pooled_bytes or not ledger.total:
+            return piece
+        try:
+            charge = await ledger.charge(piece.length)
+        except BaseException:
+            piece.release()
+            raise
+        copy = charged_slice(bytes(data.view), charge)
+        piece.release()
+        return replace(piece, data=copy)
 
     def _crosses(self, piece: Piece, is_head: bool) -> bool:
         return is_head and piece.end > self._plan.head_length

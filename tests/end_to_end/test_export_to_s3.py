@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.events import Event, PartReplayed, PartStored
 from tests.chains import export, write_toml
+from tests.disks.letters import letter_bytes
 from tests.stores.faults import Nth, ResetRequest, Rule
 from tests.stores.proxy import FaultProxy
 from tests.stores.s3 import S3Server
@@ -80,3 +81,31 @@ async def test_a_part_that_was_streamed_and_lost_is_read_and_encoded_again(
         outcome = await export(toml, events=events)
     assert outcome.state == "identical"
     assert [event.number for event in events if isinstance(event, PartReplayed)]
+
+
+@pytest.mark.timeout(60)
+async def test_a_part_with_a_little_of_very_many_windows_does_not_take_all_buffers(
+    tmp_path: Path, seaweedfs: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One cluster a window: 8 MiB of image are slices of more windows than there are buffers."""
+    for name, value in seaweedfs.environment().items():
+        monkeypatch.setenv(name, value)
+    disk = tmp_path / "disk"
+    with open(disk, "wb") as file:
+        file.truncate(1 << 30)
+        for window in range(256):
+            file.seek((window << 22) + (window % 60 << 16))
+            file.write(letter_bytes("A", 65536))
+    bucket = seaweedfs.new_bucket()
+    toml = write_toml(
+        tmp_path / "export.toml",
+        f'read.disk; path = "{disk}"',
+        "checksum.guest",
+        "sparse.zeros",
+        'encode.qcow2; compression = "none"',
+        f'write.s3; url = "s3://{bucket}/image"; endpoint = "{seaweedfs.endpoint}"',
+        "verify.readback",
+    )
+    outcome = await export(toml)
+    assert outcome.state == "identical"
+    assert outcome.image_size > 16 << 20
