@@ -50,8 +50,23 @@ def command(console: Console, file: Path, overrides: tuple[str, ...], quiet: boo
     return run_async(partial(run_chain, console, config, chain, quiet))
 
 
+def _keep_the_heap_small() -> None:
+    """Let threads share two heaps, and give large blocks back to the system as soon as they are free.
+
+    By default glibc gives each thread a heap of its own and keeps what was freed in it, beyond what the ledger counts: an
+    export of 4 GiB with streamed parts peaked 8 KiB above its bound. Source: mallopt(3), M_ARENA_MAX, M_MMAP_THRESHOLD.
+    """
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc; musl keeps little by itself
+        libc.mallopt(-8, 2)
+        libc.mallopt(-3, 256 << 10)
+
+
 async def run_chain(console: Console, config: ExportConfig, chain: WiredChain, quiet: bool) -> int:
     """Run a wired chain and tell how it went; returns the exit code. Raises what a run raises."""
+    _keep_the_heap_small()
     from pipeline.events import EventStream, RunFailed
     from pipeline.flow.stage import NOTHING
     from pipeline.observe.progress import make_display, summary_lines
