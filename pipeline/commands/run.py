@@ -54,7 +54,9 @@ def _keep_the_heap_small() -> None:
     """Let threads share two heaps, and give large blocks back to the system as soon as they are free.
 
     By default glibc gives each thread a heap of its own and keeps what was freed in it, beyond what the ledger counts:
-    an export of 4 GiB with streamed parts peaked 8 KiB above its bound. Source: mallopt(3), M_ARENA_MAX, M_MMAP_THRESHOLD.
+    an export of 4 GiB with streamed parts peaked 8 KiB above its bound.
+
+    Source: mallopt(3), M_ARENA_MAX and M_MMAP_THRESHOLD.
     """
     import ctypes
 
