@@ -49,7 +49,8 @@ _PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 
 
 def _apt(*words: str) -> None:
-    quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    # RUNLEVEL=1: a package that has a service does not start it (invoke-rc.d(8)); tests start their own servers.
+    quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
     subprocess.run(["apt-get", *words], check=True, stdout=sys.stderr, env=quiet)
 
 
