@@ -9,8 +9,10 @@ import pytest
 
 from perf.measure import CommandFailed, Step, Usage, measure, one
 
-# Busy for a tenth of a second of processor time, by its own count.
+# Busy for a tenth of a second of processor time, by its own count. The second of a pipe reads what the first says: one
+# that went away before would fail the first with a broken pipe.
 SPIN = (sys.executable, "-c", "import time\nwhile time.process_time() < 0.1: pass\nprint('x' * 10)")
+READ_AND_SPIN = (sys.executable, "-c", "import sys, time\nsys.stdin.read()\nwhile time.process_time() < 0.1: pass")
 HOLD_64_MIB = (sys.executable, "-c", "b'x' * (64 << 20)")
 
 
@@ -19,7 +21,7 @@ def run(*steps: Step, folder: Path) -> Usage:
 
 
 def test_processor_time_of_all_commands_is_added_up(tmp_path: Path) -> None:
-    usage = run(Step((SPIN, SPIN)), one(*SPIN), folder=tmp_path)
+    usage = run(Step((SPIN, READ_AND_SPIN)), one(*SPIN), folder=tmp_path)
     assert 0.3 <= usage.cpu_s < 3
     assert len(usage.steps_s) == 2
     assert 0.2 <= sum(usage.steps_s) <= usage.wall_s
