@@ -11,6 +11,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make demo       export a small demo disk to an embedded S3 store, verified"
 	@echo "make test       the tests (make test-slow: the long ones)"
+	@echo "make soak       as many random kills of exports as asked, each resumed: KILLS=1000 SEED=7"
 	@echo "make check      format, lint, types, tests: what CI runs"
 	@echo "make docs       write docs/stages.md, docs/formats.md and docs/export.schema.json from the catalog"
 	@echo "make fuzz       fuzz every image reader, guided by coverage, for SECONDS=60 each (FORMAT=qcow2: only that one)"
@@ -45,6 +46,12 @@ fuzz: tools
 	$(BIN)/pip install --quiet --disable-pip-version-check --group fuzz
 	$(BIN)/python -m tests.decode.fuzz --seconds $(SECONDS) --format $(FORMAT)
 .PHONY: fuzz
+
+# KILLS random kills of exports to two S3 servers and a file, each resumed: make soak KILLS=1000 SEED=7
+KILLS ?= 300
+SEED ?= 1
+soak: tools
+	KILLS=$(KILLS) SEED=$(SEED) $(BIN)/pytest tests/end_to_end/test_kills.py -m slow -k random --timeout 36000
 
 check: env
 	$(BIN)/ruff format --check .

@@ -8,7 +8,9 @@
     |-- FormatError        an image is corrupt, hostile or of an unknown kind             exit 3
     |-- VerificationError  the stored image is not the disk                               exit 3
     |-- StageError         a stage broke one of the engine's promises                     exit 1
-    `-- LeftBehindError    failed, and something may be left in the store                 exit 4
+    |-- LeftBehindError    failed, and something may be left in the store                 exit 4
+    |   `-- KeptError      failed, and what was sent is kept to be resumed                exit 4
+    `-- AlreadyFinished    nothing is left to do                                          exit 0
 
 An error tells a tired person what failed (`message`), during what (`operation`), where
 (`context`), and what to do (`hint`).
@@ -170,6 +172,25 @@ class LeftBehindError(PipelineError):
         super().__init__(message, operation=operation, hint=hint, **context)
         self.cause = cause
         self.commands = commands
+
+
+class KeptError(LeftBehindError):
+    """The run failed, and what it sent stays in the store on purpose.
+
+    Attributes:
+        resume: the shell command that goes on with it.
+    """
+
+    def __init__(self, message: str, *, cause: BaseException, resume: str, commands: tuple[str, ...]) -> None:
+        super().__init__(message, cause=cause, commands=commands)
+        self.hint = f"Resume it with: {resume}\n  Remove it with: {' ; '.join(commands)}"
+        self.resume = resume
+
+
+class AlreadyFinished(PipelineError):
+    """The export that was to be resumed ended well before."""
+
+    exit_code = EXIT_OK
 
 
 def leaves(error: BaseException) -> Iterator[BaseException]:

@@ -46,6 +46,25 @@ class RunStarted(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RunResumed(Event):
+    """An export that an earlier process began goes on."""
+
+    guest_bytes: int  # of the disk that need not be read again
+    image_bytes: int  # of the image that are in the target
+    parts: int
+    compared_bytes: int  # of the disk that were read again and are what was sent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadKept(Event):
+    """The run ended, and what was sent stays, to be gone on with."""
+
+    uri: str
+    resume: str
+    remove: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProgressSampled(Event):
     """Counters at one moment. `acked_bytes` counts guest bytes that the store has acknowledged."""
 

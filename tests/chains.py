@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.config.continuing import Attempt
 from pipeline.config.parse import load_config
 from pipeline.config.planning import plan_run
 from pipeline.config.wiring import wire
@@ -32,13 +33,18 @@ async def export(
     catalog: Catalog = CATALOG,
     clock: Clock | None = None,
     fuse: bool = True,
+    attempt: Attempt | None = None,
 ) -> Outcome:
-    """Run an export.toml as the command does; every event is appended to `events`."""
+    """Run an export.toml as the command does; every event is appended to `events`.
+
+    Args:
+        attempt: for a run that keeps a journal.
+    """
     config = load_config(toml, catalog, overrides)
     stream = EventStream()
     if events is not None:
         stream.subscribe(events.append)
-    async with plan_run(config, wire(config), stream, clock=clock, fuse=fuse) as plan:
+    async with plan_run(config, wire(config), stream, clock=clock, fuse=fuse, attempt=attempt) as plan:
         outcome = await run_export(plan, stream)
     assert outcome.leaked_bytes == 0, "a stage kept a slice"
     return outcome

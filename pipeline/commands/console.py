@@ -251,7 +251,10 @@ def run_async(body: Callable[[], Coroutine[Any, Any, int]]) -> int:
 
 
 async def until_interrupted(
-    work: Callable[[], Awaitable[T]], console: Console, *, cleaned: str = "everything that was stored has been removed"
+    work: Callable[[], Awaitable[T]],
+    console: Console,
+    *,
+    cleaned: str | Callable[[], str] = "everything that was stored has been removed",
 ) -> T:
     """Do the work; on SIGINT, SIGTERM or SIGHUP cancel it and wait until it has cleaned up.
 
@@ -300,7 +303,7 @@ async def until_interrupted(
         for one in wanted:  # until the process ends: what was asked for is done, and its exit code must say so
             signal.signal(one, signal.SIG_IGN)
         return results[0]
-    raise Interrupted(f"interrupted: {cleaned}")
+    raise Interrupted(f"interrupted: {cleaned() if callable(cleaned) else cleaned}")
 
 
 class JsonEvents:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -19,9 +20,10 @@ from pipeline.commands.console import (
     until_interrupted,
     verb,
 )
-from pipeline.errors import EXIT_FAILED, EXIT_OK, PipelineError
+from pipeline.errors import EXIT_FAILED, EXIT_OK, AlreadyFinished, PipelineError
 
 if TYPE_CHECKING:
+    from pipeline.config.continuing import Attempt
     from pipeline.config.parse import ExportConfig
     from pipeline.config.wiring import WiredChain
     from pipeline.events import EventStream
@@ -31,23 +33,48 @@ if TYPE_CHECKING:
 
 @click.command("run")
 @takes_export_file
+@click.option("--resume", is_flag=True, help="Go on with a run of FILE that was killed or failed.")
+@click.option("--discard", is_flag=True, help="Remove what such a run sent, and start anew.")
+@click.option(
+    "--recheck",
+    type=click.Choice(["sample", "full"]),
+    default="sample",
+    show_default=True,
+    help="With --resume: how much of the disk that was sent is read again and compared.",
+)
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 @verb
-def command(console: Console, file: Path, overrides: tuple[str, ...], quiet: bool) -> int:
+def command(
+    console: Console,
+    file: Path,
+    overrides: tuple[str, ...],
+    resume: bool,
+    discard: bool,
+    recheck: Literal["sample", "full"],
+    quiet: bool,
+) -> int:
     """Export a disk as FILE says: read, encode, store, verify.
 
     Exits 0 when the image is stored and verified as asked, 1 when it failed and nothing is left behind (or nothing
     could be compared), 2 when FILE or the plan is wrong, 3 when the stored image is not the disk, 4 when something may
-    be left behind, 130 when interrupted.
+    be left behind or what was sent is kept to be resumed, 130 when interrupted.
     """
+    from pipeline.config.continuing import Attempt, Mode
     from pipeline.config.wiring import load_chain
     from stages.catalog import CATALOG
 
+    if resume and discard:
+        raise click.UsageError("--resume goes on with what was sent, --discard removes it: give one of them")
     config, chain = load_chain(file, CATALOG, overrides)
     writer = chain.writer
     if writer.spec.holds_stdout and writer.spec.holds_stdout(writer.options):
         console.leave_stdout()
-    return run_async(partial(run_chain, console, config, chain, quiet))
+    attempt = Attempt(
+        mode=Mode.RESUME if resume else Mode.DISCARD if discard else Mode.NEW,
+        recheck=recheck,
+        command=shlex.join(["pipeline", "run", str(file), *(word for one in overrides for word in ("--set", one))]),
+    )
+    return run_async(partial(run_chain, console, config, chain, quiet, attempt))
 
 
 def _keep_the_heap_small() -> None:
@@ -66,10 +93,16 @@ def _keep_the_heap_small() -> None:
         libc.mallopt(-3, 256 << 10)
 
 
-async def run_chain(console: Console, config: ExportConfig, chain: WiredChain, quiet: bool) -> int:
-    """Run a wired chain and tell how it went; returns the exit code. Raises what a run raises."""
+async def run_chain(
+    console: Console, config: ExportConfig, chain: WiredChain, quiet: bool, attempt: Attempt | None = None
+) -> int:
+    """Run a wired chain and tell how it went; returns the exit code. Raises what a run raises.
+
+    Args:
+        attempt: how a run that keeps a journal begins; None: it keeps none.
+    """
     _keep_the_heap_small()
-    from pipeline.events import EventStream, RunFailed
+    from pipeline.events import Event, EventStream, RunFailed, UploadKept
     from pipeline.flow.stage import NOTHING
     from pipeline.observe.progress import make_display, summary_lines
 
@@ -82,14 +115,30 @@ async def run_chain(console: Console, config: ExportConfig, chain: WiredChain, q
     elif not quiet:
         display = make_display(sys.stderr)
         events.subscribe(display)
-    cleaned = "everything that was stored has been removed"
-    if chain.writer.spec.gives.item == NOTHING.item:
-        cleaned = "what went out before can't be taken back"
+    kept: list[UploadKept] = []
+
+    def note_kept(event: Event) -> None:
+        if isinstance(event, UploadKept):
+            kept.append(event)
+
+    def cleaned() -> str:
+        if kept:
+            resume, remove = kept[0].resume, " ; ".join(kept[0].remove)
+            return f"what was sent is kept\n  Resume it with: {resume}\n  Remove it with: {remove}"
+        if chain.writer.spec.gives.item == NOTHING.item:
+            return "what went out before can't be taken back"
+        return "everything that was stored has been removed"
+
+    events.subscribe(note_kept)
     try:
-        work = partial(_export, config, chain, events, report)
+        work = partial(_export, config, chain, attempt, events, report)
         outcome = await until_interrupted(work, console, cleaned=cleaned)
         if report is not None:
             report.finish(outcome.manifest, outcome.manifest_uri)
+    except AlreadyFinished as finished:
+        console.say(str(finished))
+        console.tell("already_finished", **finished.context)
+        return EXIT_OK
     except Exception as error:
         told = error_to_tell(error)
         hint, code = (told.hint, told.exit_code) if isinstance(told, PipelineError) else ("", EXIT_FAILED)
@@ -121,11 +170,17 @@ def _observe(config: ExportConfig, events: EventStream) -> RunReport | None:
     return report
 
 
-async def _export(config: ExportConfig, chain: WiredChain, events: EventStream, report: RunReport | None) -> Outcome:
+async def _export(
+    config: ExportConfig,
+    chain: WiredChain,
+    attempt: Attempt | None,
+    events: EventStream,
+    report: RunReport | None,
+) -> Outcome:
     from pipeline.config.planning import plan_run
     from pipeline.flow.engine import run_export
 
-    async with plan_run(config, chain, events) as plan:
+    async with plan_run(config, chain, events, attempt=attempt) as plan:
         if report is not None:
             report.begin(plan)
         return await run_export(plan, events)

@@ -45,15 +45,16 @@ def without_secrets(text: str) -> str:
     return head + mark + re.sub(r"=[^&#\s]*", "=***", query)
 
 
-def option(default: Any = _REQUIRED, *, doc: str, example: str = "") -> Any:
+def option(default: Any = _REQUIRED, *, doc: str, example: str = "", may_change: bool = False) -> Any:
     """Declare one option of a stage as a dataclass field.
 
     Args:
         default: the value when the TOML says nothing; leave it out for a required option.
         doc: one sentence for `pipeline stages` and docs/stages.md, in the reader's words.
         example: a TOML value to show for a required option.
+        may_change: it shapes neither the image nor where it goes, so that a resumed run may have another value.
     """
-    metadata = {"doc": doc, "example": example}
+    metadata = {"doc": doc, "example": example, "may_change": may_change}
     if default is _REQUIRED:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -69,6 +70,7 @@ class OptionField:
     default: Any
     doc: str
     example: str
+    may_change: bool = False
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -92,6 +94,7 @@ def option_fields(options: type) -> Iterator[OptionField]:
             default=None if item.default is dataclasses.MISSING else item.default,
             doc=item.metadata.get("doc", ""),
             example=item.metadata.get("example", ""),
+            may_change=item.metadata.get("may_change", False),
         )
 
 

@@ -33,7 +33,13 @@ class ExportOptions:
     name: str = option(doc="Names the run in messages, logs and the manifest.", example='"web01"')
     memory: Size = option(Size(96 * MiB), doc="Everything that holds disk bytes; at least 32 MiB.")
     manifest: Path | None = option(None, doc="Where the local copy of the manifest goes; default: beside this file.")
-    on_failure: Literal["abort"] = option("abort", doc="abort removes everything that was stored.")
+    journal: Literal["off"] | Path | None = option(
+        None,
+        doc="Where the run notes what was sent, so that a killed one can be resumed; default: the user's state folder.",
+    )
+    on_failure: Literal["keep", "abort"] = option(
+        "keep", doc="keep leaves what was sent, to be resumed; abort removes everything that was stored."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -296,6 +302,9 @@ class _Reader:
         if options.memory < MEMORY_MIN:
             reason = f"memory: {format_size(options.memory)} is too little"
             self._value_fault(table, "memory", reason, f"at least {format_size(MEMORY_MIN)}")
+        if options.journal == "off" and table.content.get("on_failure") == "keep":
+            reason = "on_failure: nothing can be kept without a journal"
+            self._value_fault(table, "on_failure", reason, 'remove journal = "off"')
         if not options.name.strip() or options.name.startswith(".") or not options.name.isprintable():
             self._value_fault(table, "name", "name: this can't name a run", 'a short word such as "web01"')
         elif "/" in options.name:

@@ -9,11 +9,12 @@ import os
 import shlex
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import anyio
 
+from pipeline.config.continuing import Attempt, begin_or_compare, describe, head_length, open_journal
 from pipeline.config.parse import MEMORY_MIN, ExportConfig, StageConfig
 from pipeline.config.wiring import WiredChain
 from pipeline.errors import PlanError, first_error
@@ -21,10 +22,11 @@ from pipeline.events import EventStream, MapProgressed
 from pipeline.flow.buffers import Ledger, Memory, Pool
 from pipeline.flow.facts import Facts
 from pipeline.flow.items import Block, Piece
-from pipeline.flow.mapping import DataMap
+from pipeline.flow.mapping import DataMap, MapRecorder
 from pipeline.flow.meter import StageMeter
 from pipeline.flow.orders import Order
 from pipeline.flow.replay import Checkpoints, SourceReplay
+from pipeline.flow.resume import RunJournal, restart
 from pipeline.flow.segment import Segment
 from pipeline.flow.stage import (
     DISK_SIZE,
@@ -42,6 +44,7 @@ from pipeline.flow.stage import (
     SourceInfo,
     Stage,
     StageContext,
+    Start,
     Writer,
 )
 from pipeline.units import MiB, format_exact, format_size
@@ -80,6 +83,9 @@ class RunPlan:
         inner: the encoder's layout; `layout` is that of the image that is stored.
         compressed_max: what compressing one window takes at most, in bytes; 0 without a compressor.
         meters: one per stage of the chain, in order.
+        recorder: of the map; with what earlier processes of the export saw.
+        journal: None where the run keeps none.
+        start: where the disk is read from, and the image written.
     """
 
     config: ExportConfig
@@ -100,6 +106,9 @@ class RunPlan:
     checkpoints: Checkpoints
     meters: list[StageMeter]
     fuse: bool = True
+    recorder: MapRecorder = field(default_factory=MapRecorder)
+    journal: RunJournal | None = None
+    start: Start = field(default_factory=Start)
 
     @property
     def name(self) -> str:
@@ -109,10 +118,7 @@ class RunPlan:
     @property
     def target_uri(self) -> str:
         """Where the image goes, as the options say it."""
-        options = self.chain.writer.options
-        if command := getattr(options, "command", None):
-            return "| " + shlex.join(command)
-        return str(getattr(options, "url", None) or getattr(options, "path", None) or self.chain.writer.spec.name)
+        return target_uri(self.chain)
 
     def meter(self, stage: str) -> StageMeter:
         """The meter of the stage of this TOML name."""
@@ -140,15 +146,33 @@ class RunPlan:
         )  # fmt: skip
 
 
+def target_uri(chain: WiredChain) -> str:
+    """Where the image of a chain goes, as the options say it."""
+    options = chain.writer.options
+    if command := getattr(options, "command", None):
+        return "| " + shlex.join(command)
+    return str(getattr(options, "url", None) or getattr(options, "path", None) or chain.writer.spec.name)
+
+
 @asynccontextmanager
 async def plan_run(
-    config: ExportConfig, chain: WiredChain, events: EventStream, *, clock: Clock | None = None, fuse: bool = True
+    config: ExportConfig,
+    chain: WiredChain,
+    events: EventStream,
+    *,
+    clock: Clock | None = None,
+    fuse: bool = True,
+    attempt: Attempt | None = None,
 ) -> AsyncIterator[RunPlan]:
     """Open the source read-only, ask the encoder and the writer, divide the memory; close both at the end.
 
+    Args:
+        attempt: how a run that keeps a journal begins; None: it keeps none (a plan that is only looked at).
     Raises:
         PlanError: it can't work for this disk or this target. SourceError, StoreError: it could not be found out.
+        AlreadyFinished: an earlier process of the export to be resumed published the image.
     """
+    journal: RunJournal | None = None
     source: Source | None = None
     writer: Writer | None = None
     context = StageContext(
@@ -209,10 +233,25 @@ async def plan_run(
             make_compressor=(lambda: _build(compressors[0], outside)) if compressors else None,
             compressed_max=compressed_max,
         )
+        encoder: Encoder[Any] = _build(chain.encoder, context)
+        if fuse:  # the stages of a chain that is not fused are at different blocks at the same time
+            journal = open_journal(attempt, config, chain, info, context)
         meters = [StageMeter(name, parallelism=memory.workers) for name in chain.names]
         writer_meter = meters[chain.names.index(chain.writer.spec.name)]
         writer_meter.parallelism = 1
-        writer = _build(chain.writer, replace(outside, replay=replay, meter=writer_meter))
+        writer = _build(chain.writer, replace(outside, replay=replay, meter=writer_meter, journal=journal))
+        if journal is not None and attempt is not None:
+            journal.resends = layout.positional and not chain.compressors
+            journal.expected = describe(
+                config,
+                chain,
+                info,
+                layout,
+                window=window,
+                encoder_identity=getattr(encoder, "identity", ""),
+                target=target_uri(chain),
+            )
+            await begin_or_compare(journal, attempt, writer, context)
         request = SinkRequest(layout=layout, order=chain.order, memory=memory.for_writer, source_path=info.path)
         sink_plan = await writer.plan(request)
         if sink_plan.boundaries and not chain.encoder.spec.checkpointed:
@@ -232,13 +271,29 @@ async def plan_run(
         memory = replace(memory, total=config.export.memory)
         context.ledger.total = memory.made
         replay.checkpoints = Checkpoints(sink_plan.boundaries)
+        recorder = MapRecorder()
+        if journal is not None and journal.is_unfinished:
+            begun = await restart(
+                journal,
+                below=sink_plan.resume_at,
+                info=info,
+                source=source,
+                make_functions=lambda: [_build(stage, context) for stage in chain.functions],
+                make_encoder=lambda: _build(chain.encoder, context),
+                window=window,
+                workers=memory.workers,
+                threads=threads,
+                emit=events.emit,
+            )
+            functions[:] = begun.functions  # in place: the replay has the list
+            encoder, recorder = begun.encoder, begun.recorder
         yield RunPlan(
             config=config,
             chain=chain,
             context=replace(outside, sink_plan=sink_plan, replay=replay),
             source=source,
             functions=functions,
-            encoder=_build(chain.encoder, context),
+            encoder=encoder,
             compressor=_build(compressors[0], outside) if compressors else None,
             checks=[
                 _build(stage, replace(outside, meter=meters[chain.names.index(stage.name)])) for stage in chain.checks
@@ -253,8 +308,13 @@ async def plan_run(
             checkpoints=replay.checkpoints,
             meters=meters,
             fuse=fuse,
+            recorder=recorder,
+            journal=journal,
+            start=journal.start if journal is not None else Start(position=head_length(chain, layout)),
         )
     finally:
+        if journal is not None:
+            journal.close()
         with anyio.CancelScope(shield=True):
             if writer is not None:
                 await writer.close()

@@ -20,7 +20,7 @@ import anyio
 
 from pipeline import __version__
 from pipeline.config.options import without_secrets
-from pipeline.errors import LeftBehindError, PipelineError, StageError, VerificationError, first_error
+from pipeline.errors import KeptError, LeftBehindError, PipelineError, StageError, VerificationError, first_error
 from pipeline.events import (
     EventStream,
     FallbackTaken,
@@ -31,6 +31,7 @@ from pipeline.events import (
     RunFinished,
     RunPlanned,
     RunStarted,
+    UploadKept,
 )
 from pipeline.flow.buffers import Ledger, Memory, Pool
 from pipeline.flow.channels import Channel
@@ -40,9 +41,10 @@ from pipeline.flow.manifest import MANIFEST_SUFFIX, DiskRecord, ImageRecord, Man
 from pipeline.flow.mapping import SKIPPED_RANGES, MapRecorder
 from pipeline.flow.meter import StageMeter, find_bottleneck
 from pipeline.flow.replay import Marks
+from pipeline.flow.resume import RunJournal, remembering
 from pipeline.flow.segment import Segment
 from pipeline.flow.series import SeriesRecorder
-from pipeline.flow.stage import Verifier, make_load
+from pipeline.flow.stage import Start, Verifier, make_load
 
 if TYPE_CHECKING:
     from pipeline.config.planning import RunPlan
@@ -106,7 +108,8 @@ async def run_export(plan: RunPlan, events: EventStream) -> Outcome:
     )
     emit(RunStarted(name=plan.name))
     begun = time.monotonic()
-    recorder = MapRecorder()
+    recorder = plan.recorder
+    acknowledge_earlier(plan)
     memory = Memory(context.ledger, Pool(context.window, plan.memory_plan.buffers), plan.inner.made_max)
     compressed = Ledger(plan.memory_plan.compressed)
     try:
@@ -123,11 +126,20 @@ async def run_export(plan: RunPlan, events: EventStream) -> Outcome:
         manifest = _manifest(plan, stored, recorder, verdicts, receipt, bottleneck.sentence, time.monotonic() - begun)
         manifest = replace(manifest, series=over_time.series(plan.meters).to_json())
         manifest_uri = await plan.writer.publish(manifest.to_json())
+        if plan.journal is not None:
+            plan.journal.note_published(stored.uri)
     except BaseException as error:
+        if plan.journal is not None and plan.journal.keeps(error):
+            _keep(plan, plan.journal, error)
+            raise
         await _withdraw(plan, error)
+        if plan.journal is not None and not isinstance(first_error(error), LeftBehindError):
+            plan.journal.remove()
         raise
     with anyio.CancelScope(shield=True):  # the image is the result: a signal comes too late to undo it
         manifest_path = await _keep_local_copy(plan, stored, manifest, manifest_uri)
+        if plan.journal is not None:
+            plan.journal.remove()
     emit(ImagePublished(uri=stored.uri, manifest_uri=manifest_uri))
     outcome = Outcome(
         uri=stored.uri,
@@ -225,6 +237,8 @@ def _segments(
         "encoder": plan.encoder,
         "observed": recorder.observe,
         "checkpoints": marks or plan.checkpoints,
+        "start": plan.start,
+        "on_boundary": _point_taker(plan),
         **shared,
     }
     segments: list[tuple[_Run, list[StageMeter]]] = []
@@ -258,12 +272,33 @@ def _segments(
     return segments
 
 
+def _point_taker(plan: RunPlan) -> Callable[[Start, bool], None] | None:
+    """What notes the state of the run at block boundaries, where it keeps a journal."""
+    journal = plan.journal
+    if journal is None:
+        return None
+    noted = remembering(plan.functions, plan.recorder)
+
+    def take(here: Start, is_end: bool) -> None:
+        journal.take_point(plan.encoder, here, noted, is_end=is_end)
+
+    return take
+
+
+def acknowledge_earlier(plan: RunPlan) -> None:
+    """Count what earlier processes of the export stored."""
+    start = plan.start
+    image_bytes = max(0, start.position - plan.layout.head_length)
+    plan.context.progress.acknowledge(guest_bytes=start.guest_bytes, image_bytes=image_bytes)
+
+
 def _check_conservation(plan: RunPlan, channels: list[Channel[Any]]) -> None:
     """Guest bytes are conserved on every edge, and all of them are in the store."""
     size = plan.info.size
+    earlier = plan.start.guest_bytes
     for number, channel in enumerate(channels):
-        if channel.guest_bytes != size:
-            raise StageError(f"edge {number} carried {channel.guest_bytes} of {size} guest bytes")
+        if channel.guest_bytes != size - earlier:
+            raise StageError(f"edge {number} carried {channel.guest_bytes} of {size - earlier} guest bytes")
     if plan.context.progress.acked_bytes != size:
         raise StageError(f"the store acknowledged {plan.context.progress.acked_bytes} of {size} guest bytes")
 
@@ -285,6 +320,8 @@ class _sampling:
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
         self._tasks.start_soon(self._sample)
+        if self.plan.journal is not None:
+            self._tasks.start_soon(self.plan.journal.keep_durable, self.plan.context.threads)
 
     async def __aexit__(self, kind: Any, error: Any, trace: Any) -> bool | None:
         self._tasks.cancel_scope.cancel()
@@ -389,6 +426,25 @@ async def _withdraw(plan: RunPlan, error: BaseException) -> None:
             ) from error
 
 
+def _keep(plan: RunPlan, journal: RunJournal, error: BaseException) -> None:
+    """Leave what was stored and the journal, and say how to go on and how to be rid of it.
+
+    Raises:
+        KeptError: instead of any error; a cancellation is left to travel on.
+    """
+    commands = journal.remove_commands()
+    plan.context.emit(UploadKept(uri=plan.target_uri, resume=journal.resume_command, remove=commands))
+    journal.close()
+    if isinstance(error, Exception):
+        raise KeptError(
+            f"the export stopped; what was sent is kept ({plan.context.progress.acked_bytes} of "
+            f"{plan.info.size} bytes of the disk)",
+            cause=error,
+            resume=journal.resume_command,
+            commands=commands,
+        ) from error
+
+
 async def _keep_local_copy(plan: RunPlan, stored: StoredImage, manifest: Manifest, manifest_uri: str) -> Path | None:
     """Write the manifest beside the TOML or where [export] says. The image is published: failing undoes nothing."""
     export = plan.config.export
@@ -459,6 +515,7 @@ def _manifest(
         },
         bottleneck=bottleneck,
         elapsed_s=elapsed_s,
+        attempts=plan.journal.attempts if plan.journal else 1,
     )
 
 

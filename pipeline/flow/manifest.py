@@ -63,8 +63,9 @@ class Manifest:
         receipt: (what, ours, theirs) values that the store confirmed.
         verdicts: what the verifications found; empty means "stored, not verified".
         versions: of this program, of Python, and of every codec and library that shapes bytes.
-        timings: per stage, seconds working / waiting for input / for output / for a buffer.
+        timings: per stage, seconds working / waiting for input / for output / for a buffer; of the last attempt.
         series: how it went over time, see `pipeline.flow.series.Series.to_json`; for the report.
+        attempts: processes that the export took.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Manifest:
     bottleneck: str = ""
     elapsed_s: float = 0.0
     series: dict[str, Any] = field(default_factory=dict)
+    attempts: int = 1
     version: int = VERSION
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from array import array
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ SKIPPED_RANGES: Fact[tuple[range, ...]] = Fact("skipped ranges", tuple)
 # A run costs 9 bytes; a million of them cover the worst disks seen. Beyond it, runs are merged by window.
 _RUNS_MAX = 1_000_000
 _WHYS = tuple(Why)
+_TOTALS = struct.Struct(f"<{len(_WHYS)}Q")
+_RUN = struct.Struct("<QB")
 
 
 class MapRecorder:
@@ -27,17 +30,39 @@ class MapRecorder:
         self._lengths = array("Q")
         self._whys = array("B")
         self.totals = dict.fromkeys(Why, 0)
+        self._noted = (0, 0)  # runs, and bytes of the last of them, that `delta` gave already
 
     def observe(self, block: Block) -> None:
         """Add the runs of the next block."""
         for run in block.runs:
             self.totals[run.why] += run.length
-            why = _WHYS.index(run.why)
-            if self._whys and (self._whys[-1] == why or len(self._whys) >= _RUNS_MAX):
-                self._lengths[-1] += run.length
-            else:
-                self._lengths.append(run.length)
-                self._whys.append(why)
+            self._add(run.length, _WHYS.index(run.why))
+
+    def _add(self, length: int, why: int) -> None:
+        if self._whys and (self._whys[-1] == why or len(self._whys) >= _RUNS_MAX):
+            self._lengths[-1] += length
+        else:
+            self._lengths.append(length)
+            self._whys.append(why)
+
+    def delta(self) -> bytes:
+        """The totals, and the runs since the last call."""
+        count, length = self._noted
+        first = max(0, count - 1)
+        parts = [_TOTALS.pack(*self.totals.values())]
+        for index in range(first, len(self._whys)):
+            fresh = self._lengths[index] - (length if count and index == first else 0)
+            if fresh:
+                parts.append(_RUN.pack(fresh, self._whys[index]))
+        if self._whys:
+            self._noted = (len(self._whys), self._lengths[-1])
+        return b"".join(parts)
+
+    def recall(self, delta: bytes) -> None:
+        """Add what `delta` gave."""
+        self.totals = dict(zip(_WHYS, _TOTALS.unpack_from(delta), strict=True))
+        for length, why in _RUN.iter_unpack(delta[_TOTALS.size :]):
+            self._add(length, why)
 
     @property
     def is_exact(self) -> bool:

@@ -21,7 +21,7 @@ from pipeline.flow.items import Block, Piece, tiles
 from pipeline.flow.meter import StageMeter
 from pipeline.flow.parallel import in_thread, ordered_map
 from pipeline.flow.replay import Checkpoints, Marks
-from pipeline.flow.stage import Encoder, FunctionStage, Source, make_load
+from pipeline.flow.stage import Encoder, FunctionStage, Source, Start, make_load
 
 
 @dataclass(slots=True)
@@ -54,6 +54,9 @@ class Segment:
         encoder: turns blocks into pieces; without it blocks go to the outlet.
         meters: one per stage, in the same order.
         observed: called on the loop with every block as it leaves the last function stage, in order.
+        start: where the disk is read from; what lies before was placed by an earlier process.
+        on_boundary: called on the loop before every block is observed and placed, with where a run that begins there
+            begins, and at the end (True).
     """
 
     def __init__(
@@ -70,6 +73,8 @@ class Segment:
         workers: int,
         observed: Callable[[Block], None] | None = None,
         checkpoints: Checkpoints | Marks | None = None,
+        start: Start | None = None,
+        on_boundary: Callable[[Start, bool], None] | None = None,
     ) -> None:
         self._source = source
         self._functions = functions
@@ -77,7 +82,10 @@ class Segment:
         self._meters = meters
         self._memory = memory
         self._disk_size = disk_size
-        self._position = 0  # guest offset behind the last block placed
+        self._start = start or Start()
+        self._position = self._start.guest_offset  # behind the last block placed
+        self._guest_bytes = self._start.guest_bytes  # that all pieces so far account for
+        self._on_boundary = on_boundary
         self._window = window
         self._threads = threads
         self._workers = workers
@@ -87,7 +95,7 @@ class Segment:
     async def run(self, inlet: Inlet[Block] | None, outlet: Outlet[Any]) -> None:
         """Take every block, then finish the stages in order. The engine ends the outlet."""
         if self._source:
-            blocks = self._source.windows(self._window)
+            blocks = self._source.windows(self._window, self._start.guest_offset)
         else:
             assert inlet is not None, "a segment without a source has an inlet"
             blocks = aiter(inlet)
@@ -98,6 +106,7 @@ class Segment:
         await ordered_map(self._admit(blocks), self._work, place, workers=self._workers)
         if self._position != self._disk_size:
             raise StageError(f"blocks covered {self._position} of {self._disk_size} guest bytes")
+        self._tell_boundary(is_end=True)
         for function in self._functions:
             function.finish()
         if self._encoder:
@@ -155,6 +164,7 @@ class Segment:
     async def _place(self, done: _Done, outlet: Outlet[Any]) -> None:
         if done.block.offset != self._position or not tiles(done.block.runs, done.block.offset, done.block.length):
             raise StageError("blocks do not tile the disk", expected=self._position, offset=done.block.offset)
+        self._tell_boundary(is_end=False)
         self._position = done.block.end
         for meter, spent in zip(self._meters, done.spent_s, strict=True):
             meter.working_s += spent
@@ -174,9 +184,15 @@ class Segment:
     async def _send(self, placed: Iterable[Piece], outlet: Outlet[Any]) -> None:
         # One after the other: what an encoder makes on the way (tables) need not be in memory all at once.
         for piece in placed:
+            self._guest_bytes += piece.guest_bytes
             if self._checkpoints:
                 self._checkpoints.placed(piece.end)
             await outlet.send(piece)
+
+    def _tell_boundary(self, *, is_end: bool) -> None:
+        if self._on_boundary is not None and self._encoder is not None:
+            here = Start(position=self._encoder.position, guest_offset=self._position, guest_bytes=self._guest_bytes)
+            self._on_boundary(here, is_end)
 
 
 def _lap(laps: list[float], since: float) -> float:

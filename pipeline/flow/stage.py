@@ -13,7 +13,7 @@ The SPEC of a stage is the only place where its name, help and ports are written
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -101,6 +101,102 @@ class Replay(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """Where the bytes of a run begin: at the beginning, or where an earlier process of the same export had come to.
+
+    Attributes:
+        position: image offset of the first byte that comes.
+        guest_offset: of the first block that is read.
+        guest_bytes: how much of the disk the pieces before `position` accounted for.
+    """
+
+    position: int = 0
+    guest_offset: int = 0
+    guest_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptPart:
+    """A part that a store acknowledged, as a journal remembers it.
+
+    Attributes:
+        start, length: image bytes.
+        guest_bytes: of the pieces that end in it.
+        tag: what the store calls it.
+        sums: checksums by name, as text.
+    """
+
+    number: int
+    start: int
+    length: int
+    guest_bytes: int
+    tag: str
+    sums: Mapping[str, str] = field(default_factory=dict)
+
+
+class UploadJournal(Protocol):
+    """What a writer notes of its upload, so that a later process can go on with it.
+
+    On the event loop. No call fails: a journal that can't be written says so once, and forgets what follows.
+
+    Attributes:
+        id: the same for every process of one export, and of no other export.
+        upload: what was last noted, also by an earlier process; empty where there is nothing in the store.
+        parts: acknowledged parts by number.
+        mark: image bytes below this (behind a head that comes last) are in the target and durable.
+        discards: the user wants what is in the store removed, not continued: remove it while planning, then call
+            `begin_anew`.
+        resends: parts that hold other bytes now may be sent again.
+        start: where the pieces of this run begin; known after planning.
+    """
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def upload(self) -> Mapping[str, Any]: ...
+
+    @property
+    def parts(self) -> Mapping[int, KeptPart]: ...
+
+    @property
+    def mark(self) -> int: ...
+
+    @property
+    def discards(self) -> bool: ...
+
+    @property
+    def resends(self) -> bool: ...
+
+    @property
+    def start(self) -> Start: ...
+
+    def note_upload(self, state: Mapping[str, Any]) -> None:
+        """Remember how the upload is found again; plain JSON values, no secret. Durable when it returns."""
+        ...
+
+    def note_part(self, part: KeptPart) -> None:
+        """The store acknowledged a part."""
+        ...
+
+    def note_mark(self, position: int) -> None:
+        """Every image byte below is on stable storage in the target."""
+        ...
+
+    def drop_parts(self, numbers: Iterable[int]) -> None:
+        """The store does not have these parts after all."""
+        ...
+
+    def begin_anew(self, reason: str) -> None:
+        """Nothing of what earlier processes noted is in the store any more."""
+        ...
+
+    def keeps(self, error: BaseException) -> bool:
+        """Whether what is in the store stays there after this failure, for a later process to go on with."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """What an encoder knows of the image before the first byte.
 
@@ -113,6 +209,8 @@ class Layout:
         made_max: bytes that preparing one full window can make, charged to the ledger before; 0 where the encoder
             passes the window's own slice on.
         grain: zero runs are useful to the encoder from this length and alignment on, in guest bytes.
+        positional: image bytes depend on the guest bytes at their own offset only; where the disk changed between two
+            processes of one export, what changed can be sent again.
         notes: sentences that a person should read before the start: a size that was rounded up and why, a limit that
             the image may meet.
         map: what the map pass found, for an encoder that asked for one (`StageSpec.map_unit`).
@@ -125,6 +223,7 @@ class Layout:
     image_bytes: int | None = None
     made_max: int = 0
     grain: int = 65536
+    positional: bool = False
     notes: tuple[str, ...] = ()
     map: DataMap | None = field(default=None, repr=False, compare=False)
 
@@ -155,12 +254,15 @@ class SinkPlan:
         held_bytes: ledger and pool bytes that the writer may hold at once while it still makes progress.
         own_bytes: what the writer allocates by itself beside pieces (staging buffers); comes out of the run's memory.
         summary: what `pipeline plan` prints, (what, how much).
+        resume_at: image bytes below this (behind a head that comes last) are in the target, from an earlier process;
+            they are not needed again.
     """
 
     boundaries: tuple[int, ...] = ()
     held_bytes: int = 0
     own_bytes: int = 0
     summary: tuple[tuple[str, str], ...] = ()
+    resume_at: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,6 +291,7 @@ class StageContext:
         workers: how many threads one stage may keep busy.
         order: how pieces travel in this chain.
         reload: guest bytes [offset, offset + length) from the source once more; for verification.
+        journal: for writers whose SPEC says `resumable`: where to note the upload; None where the run keeps no journal.
     """
 
     name: str
@@ -208,6 +311,7 @@ class StageContext:
     sink_plan: SinkPlan | None = None
     replay: Replay | None = None
     reload: Callable[[int, int], AsyncIterator[Block]] | None = None
+    journal: UploadJournal | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,6 +406,19 @@ class FunctionStage(Protocol[Note]):
 
     def finish(self) -> None:
         """Every block was observed: leave facts."""
+        ...
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """A function stage whose observations outlive the process; without this, it has none that matter."""
+
+    def delta(self) -> bytes:
+        """What was observed since the last call, for `recall`; called between two blocks."""
+        ...
+
+    def recall(self, delta: bytes) -> None:
+        """Observe again what an earlier process did, delta by delta, before the first block."""
         ...
 
 
@@ -408,6 +525,9 @@ class Writer(Protocol):
         """Make the sealed image the result and write its manifest last; returns the manifest's URI."""
         ...
 
+    # A writer whose SPEC says `resumable` also has `async def fetch_manifest(self) -> bytes | None`: the manifest that
+    # stands beside the target, also before planning.
+
     async def withdraw(self) -> None:
         """Remove the image if it was sealed; else do nothing. Raises LeftBehindError when it could not."""
         ...
@@ -467,6 +587,7 @@ class StageSpec:
         sink: for writers: what the target can do.
         checkpointed: for encoders and compressors: False where the state can't be saved (OVA), with the reason in
             `summary`.
+        resumable: for writers: a later process can go on with an upload (`StageContext.journal`).
         image: whether the option values shape the image's bytes (then they go into the manifest as such).
         open_reader: opens a stored object by URL for reading, where `schemes` names the URL schemes. Of writers, and of
             the source that reads what no writer stores.
@@ -488,6 +609,7 @@ class StageSpec:
     holds_stdout: Callable[[Any], bool] | None = None
     sink: Traits | None = None
     checkpointed: bool = True
+    resumable: bool = False
     schemes: tuple[str, ...] = ()
     open_reader: Callable[..., Any] | None = None
 

@@ -36,6 +36,7 @@ class GuestChecksum:
         self._algorithm = options.algorithm
         self._context = context
         self._leaves = LeafDigests(options.algorithm, context.disk_size)
+        self._noted = 0  # leaves that `delta` gave already
 
     def apply(self, block: Block) -> tuple[Block, Note]:
         """Hash one block, which begins on a leaf and ends on one or at the end of the disk. Threads: any."""
@@ -48,6 +49,16 @@ class GuestChecksum:
         """Append the leaves of the next block."""
         self._leaves.add_zeros(note.zeros)
         self._leaves.add(note.digests)
+
+    def delta(self) -> bytes:
+        """The leaves since the last call."""
+        dumped = self._leaves.dump(self._noted)
+        self._noted = self._leaves.count
+        return dumped
+
+    def recall(self, delta: bytes) -> None:
+        """Append the leaves that an earlier process hashed."""
+        self._leaves.load(delta)
 
     def confirm(self, note: Note, offset: int) -> None:
         """Compare a block that was read again with what it held the first time.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import struct
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,7 @@ DIGEST_BYTES: dict[Algorithm, int] = {"xxh3-128": 16, "blake3": 32}
 _ROOT_TAG = b"guest digest, version 1\0"
 # Leaves hashed into the root at once: larger gains nothing, smaller costs a call per leaf of a hole.
 _ROOT_BATCH = 65536
+_STRETCH = struct.Struct("<QQ")
 
 
 @cache
@@ -119,6 +121,28 @@ class LeafDigests:
         """
         self._claim(count)
         self.count += count
+
+    def dump(self, first: int) -> bytes:
+        """The leaves from number `first` on: for each stretch a count of zero leaves, a count of others, those."""
+        parts = []
+        reached = first
+        for found in self.nonzero(first, self.count):
+            digests = b"".join(self.leaf(index) for index in found)
+            parts += [_STRETCH.pack(found.start - reached, len(found)), digests]
+            reached = found.stop
+        if reached < self.count:
+            parts.append(_STRETCH.pack(self.count - reached, 0))
+        return b"".join(parts)
+
+    def load(self, dumped: bytes) -> None:
+        """Append what `dump` gave. Raises StageError when it is more than the disk has."""
+        position = 0
+        while position < len(dumped):
+            zeros, count = _STRETCH.unpack_from(dumped, position)
+            position += _STRETCH.size
+            self.add_zeros(zeros)
+            self.add(dumped[position : position + count * self.width])
+            position += count * self.width
 
     def leaf(self, index: int) -> bytes:
         """The digest of the leaf at guest offset `index * LEAF`."""

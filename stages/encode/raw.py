@@ -140,7 +140,14 @@ def plan_layout(options: Options, request: LayoutRequest) -> Layout:
     """The image of a raw disk: its length is known exactly."""
     size = round_up(request.disk_size, SECTOR)
     return Layout(
-        format="raw", virtual_size=size, head_length=0, image_bytes_max=size, image_bytes=size, made_max=0, grain=GRAIN
+        format="raw",
+        virtual_size=size,
+        head_length=0,
+        image_bytes_max=size,
+        image_bytes=size,
+        made_max=0,
+        grain=GRAIN,
+        positional=True,
     )
 
 

@@ -38,12 +38,12 @@ _RUNS_AT_ONCE = 512
 class Options:
     """Options of read.disk."""
 
-    path: Path = option(doc="Block device or raw image file.", example="/dev/sda")
+    path: Path = option(doc="Block device or raw image file.", example="/dev/sda", may_change=True)
     block_size: Literal["auto", "2 MiB", "4 MiB"] = option(
         "auto", doc="The window that is read at once; auto is 2 MiB where the image is compressed, else 4 MiB."
     )
     rate_limit: Size | None = option(
-        None, doc='Read at most this much a second, as in "200 MiB", where others need the disk too.'
+        None, doc='Read at most this much a second, as in "200 MiB", where others need the disk too.', may_change=True
     )
 
 

@@ -382,6 +382,28 @@ class S3Client:
             raise
         return sum(1 for element in _parsed(reply, "list_parts") if _name(element) == "Part")
 
+    async def list_parts(self, key: str, upload_id: str) -> dict[int, tuple[int, str]] | None:
+        """(length, ETag without quotes) of every part by number, None where there is no such upload."""
+        found: dict[int, tuple[int, str]] = {}
+        marker = ""
+        while True:
+            query = {"uploadId": upload_id, "max-parts": "1000", **({"part-number-marker": marker} if marker else {})}
+            try:
+                reply = await self.send("list_parts", "GET", key, query=query, reply_max=4 << 20)
+            except S3Error as error:
+                if error.status == 404:
+                    return None
+                raise
+            root = _parsed(reply, "list_parts")
+            for element in root:
+                if _name(element) == "Part":
+                    size, etag = int(_text(element, "Size") or 0), _text(element, "ETag").strip('"')
+                    found[int(_text(element, "PartNumber"))] = (size, etag)
+            following = _text(root, "NextPartNumberMarker")
+            if _text(root, "IsTruncated") != "true" or not following or following == marker:
+                return found
+            marker = following
+
     async def open_uploads(self, key: str) -> list[OpenUpload]:
         """The open uploads of exactly this key, the first thousand."""
         reply = await self.send("list_uploads", "GET", query={"uploads": "", "prefix": key, "max-uploads": "1000"})

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import anyio
 import anyio.abc
 
-from pipeline.errors import LeftBehindError, PlanError, StageError, StoreError, first_error
+from pipeline.errors import LeftBehindError, PlanError, SourceError, StageError, StoreError, first_error
 from pipeline.events import PartReplayed, PartStored, UploadOpened, UploadRemoved
 from pipeline.flow.buffers import Slice, charged_slice
 from pipeline.flow.channels import Inlet
@@ -27,8 +27,9 @@ from pipeline.flow.stage import SinkPlan, SinkRequest, StageContext
 from pipeline.units import MiB, format_size
 from stages.store.digests import Algorithm
 from stages.write.bodies import ImageEnded, KeptBody, Segment, StreamedBody, sum_segments
+from stages.write.kept import PartJournal, stored_part, sums_to_text
 from stages.write.parts import PartPlan, PlannedPart, plan_parts
-from stages.write.shapes import PartUpload, Sealed, StoredPart
+from stages.write.shapes import Body, PartUpload, Sealed, StoredPart
 
 # Cleaning up after a failure may take this long. Less leaves more behind on slow stores; more keeps whoever pressed
 # Ctrl-C waiting, and a dead store has 20 s after its last retry before the run has to be over.
@@ -109,9 +110,15 @@ def plan_driver(limits: PartLimits, request: SinkRequest, *, parts_in_flight: in
 
 @dataclass(slots=True)
 class _Gathering:
-    """A part while its pieces arrive. Owns its segments."""
+    """A part while its pieces arrive. Owns its segments.
+
+    Attributes:
+        cut: bytes of it that lie before the first piece of this process; then it is stored already, and can't be
+            compared.
+    """
 
     part: PlannedPart
+    cut: int = 0
     segments: list[Segment] = field(default_factory=list)
     length: int = 0
     guest_bytes: int = 0
@@ -136,14 +143,21 @@ class _Gathering:
 class PartDriver:
     """Drives one upload from the first piece to the sealed object, or to its abort. Used once."""
 
-    def __init__(self, upload: PartUpload, context: StageContext, plan: DriverPlan) -> None:
-        """Prepare it; nothing is sent before `store`."""
+    def __init__(
+        self, upload: PartUpload, context: StageContext, plan: DriverPlan, journal: PartJournal | None = None
+    ) -> None:
+        """Prepare it; nothing is sent before `store`.
+
+        Args:
+            journal: notes what the store acknowledged; parts that it knows of an earlier process are not sent again.
+        """
         self._upload = upload
         self._context = context
         self._plan = plan
         self._body = plan.parts.body
         self._next_part = 0
         self._position = plan.head_length
+        self._position_before = 0  # where the piece under way begins
         self._head_position = 0
         self._head = _Gathering(PlannedPart(1, 0, plan.head_length))
         self._gathering: _Gathering | None = None
@@ -155,6 +169,24 @@ class PartDriver:
         self._flying_bytes = 0
         self._streaming = False
         self._landed = anyio.Event()
+        self._journal = journal
+        self._earlier: dict[int, StoredPart] = {}
+        if journal is not None:
+            self._go_on(journal)
+
+    def _go_on(self, journal: PartJournal) -> None:
+        """Take over what an earlier process stored."""
+        self._opened = journal.is_open
+        self._position = max(journal.start, self._plan.head_length)
+        self._guest_bytes = journal.guest_bytes
+        for kept in journal.parts.values():
+            is_head = bool(self._plan.head_length) and kept.number == 1
+            if kept.start + kept.length <= self._position and not is_head:
+                self._stored[kept.number] = stored_part(kept)
+            else:  # made again, compared, and not sent
+                self._earlier[kept.number] = stored_part(kept)
+        while self._next_part < len(self._body) and self._body[self._next_part].end <= self._position:
+            self._next_part += 1
 
     async def store(self, inlet: Inlet[Piece]) -> Sealed:
         """Take every piece, store and seal.
@@ -186,7 +218,7 @@ class PartDriver:
             self._head.release()
             if self._gathering is not None:
                 self._gathering.release()
-            if self._opened:
+            if self._opened and not (self._journal is not None and self._journal.keeps(error)):
                 await abort_upload(self._upload, self._context, error)
             raise
         return sealed
@@ -216,6 +248,7 @@ class PartDriver:
             self._head.add(rest)
             self._head.guest_bytes += piece.guest_bytes
             return
+        self._position_before = self._position
         self._position = piece.end
         while True:
             gathering = self._gathering
@@ -270,6 +303,10 @@ class PartDriver:
         part = self._body[self._next_part]
         self._next_part += 1
         gathering = _Gathering(part)
+        if self._position_before > part.start and not self._plan.parts.single:
+            gathering.cut = gathering.length = self._position_before - part.start
+            self._gathering = gathering
+            return gathering
         streamed = not self._plan.parts.single and self._plan.is_streamed(part)
         while self._flying and (
             self._flying >= self._plan.in_flight
@@ -299,6 +336,14 @@ class PartDriver:
         return StageError("the image is longer than its encoder said", operation="write", planned=planned)
 
     async def _put_in(self, gathering: _Gathering, segment: Segment, tasks: anyio.abc.TaskGroup) -> None:
+        self._position_before += segment.length
+        if gathering.cut:
+            gathering.length += segment.length
+            segment.release()
+            if gathering.length == gathering.part.length:
+                self._gathering = None
+                self._take_as_stored(gathering)
+            return
         if gathering.streamed is not None:
             gathering.length += segment.length
             is_full = gathering.length == gathering.part.length
@@ -315,8 +360,12 @@ class PartDriver:
 
     async def _open(self) -> None:
         if not self._opened:
+            if self._journal is not None:
+                self._journal.note_state()
             self._opened = True  # before the answer: what was asked for may have to be removed
             upload_id = await self._upload.open()
+            if self._journal is not None:
+                self._journal.note_state()
             self._context.emit(UploadOpened(stage=self._context.name, uri=self._upload.uri, upload_id=upload_id))
 
     async def _send(self, gathering: _Gathering, tasks: anyio.abc.TaskGroup) -> None:
@@ -345,11 +394,12 @@ class PartDriver:
             begun = self._context.clock.now()
             with self._context.meter.working():
                 body = await self._kept(gathering.segments, gathering.length, self._upload.algorithms)
-                stored = await self._upload.put_part(gathering.part.number, body)
+                earlier = self._stored_earlier(gathering.part, body)
+                stored = earlier or await self._upload.put_part(gathering.part.number, body)
         finally:
             gathering.release()
             self._land(held)
-        self._acknowledge(gathering, stored, body.attempts, begun)
+        self._acknowledge(gathering, stored, None if earlier else body.attempts, begun)
 
     async def _put_streamed(self, gathering: _Gathering, body: StreamedBody) -> None:
         begun = self._context.clock.now()
@@ -357,12 +407,8 @@ class PartDriver:
             with self._context.meter.working():
                 async with anyio.create_task_group() as helpers:
                     helpers.start_soon(body.serve)
-                    try:
-                        stored = await self._upload.put_part(gathering.part.number, body)
-                    except ImageEnded:
-                        # The announced length was a guess; what arrived is made again, with its real length.
-                        body.shorten()
-                        stored = await self._upload.put_part(gathering.part.number, body)
+                    earlier = await self._see_streamed(gathering.part, body)
+                    stored = earlier or await self._put_body(gathering.part, body)
                     helpers.cancel_scope.cancel()
         except BaseExceptionGroup as group:
             raise first_error(group) from group
@@ -372,7 +418,68 @@ class PartDriver:
             self._land(0)
         if self._context.replay is not None:
             self._context.replay.forget(gathering.part.start + body.length)
-        self._acknowledge(gathering, stored, body.attempts, begun)
+        self._acknowledge(gathering, stored, None if earlier else body.attempts, begun)
+
+    async def _see_streamed(self, part: PlannedPart, body: StreamedBody) -> StoredPart | None:
+        """Whether a streamed part is what an earlier process sent; else nothing of it is taken."""
+        if part.number not in self._earlier:
+            return None
+        try:
+            async for _ in body.chunks():
+                pass
+        except ImageEnded:
+            body.shorten()
+        return self._stored_earlier(part, body)
+
+    async def _put_body(self, part: PlannedPart, body: StreamedBody) -> StoredPart:
+        try:
+            return await self._upload.put_part(part.number, body)
+        except ImageEnded:
+            # The announced length was a guess; what arrived is made again, with its real length.
+            body.shorten()
+            return await self._upload.put_part(part.number, body)
+
+    def _stored_earlier(self, part: PlannedPart, body: Body) -> StoredPart | None:
+        """The part as an earlier process stored it; None where there is none, or another that has to be replaced.
+
+        Raises:
+            SourceError: the disk gives other bytes than then, and what was sent can't be mixed with them.
+        """
+        earlier = self._earlier.pop(part.number, None)
+        if earlier is None:
+            return None
+        sums = body.sums
+        assert sums is not None  # all bytes were seen
+        ours, then = sums_to_text(sums), sums_to_text(earlier.sums)
+        common = ours.keys() & then.keys()
+        if common and sums.length == earlier.length and all(ours[name] == then[name] for name in common):
+            return earlier
+        if self._journal is not None and self._journal.resends:
+            return None
+        raise SourceError(
+            "the disk gives other bytes than an earlier process of this export sent",
+            operation="resume",
+            number=part.number,
+            image_offset=part.start,
+            length=sums.length,
+            hint="An image of two moments would not boot or lose files. Export a snapshot, and start anew: --discard.",
+        )
+
+    def _take_as_stored(self, gathering: _Gathering) -> None:
+        """A part whose beginning was made by an earlier process, which stored all of it."""
+        stored = self._earlier.pop(gathering.part.number, None)
+        if stored is None:
+            raise StageError(
+                "a part was to be continued that is not stored", operation="write", number=gathering.part.number
+            )
+        if stored.length != gathering.length:
+            raise SourceError(
+                "the image ends elsewhere than an earlier process of this export made it end",
+                operation="resume",
+                hint="The disk changed. Export a snapshot, and start anew: --discard.",
+                number=gathering.part.number,
+            )
+        self._acknowledge(gathering, stored, None, self._context.clock.now())
 
     async def _kept(self, segments: list[Segment], length: int, algorithms: Algorithm) -> KeptBody:
         if length < MiB:
@@ -383,10 +490,15 @@ class PartDriver:
     async def _in_thread(self, work: Callable[[], None]) -> None:
         await in_thread(self._context.threads, work)
 
-    def _acknowledge(self, gathering: _Gathering, stored: StoredPart, attempts: int, begun: float) -> None:
+    def _acknowledge(self, gathering: _Gathering, stored: StoredPart, attempts: int | None, begun: float) -> None:
+        """Count a part that the store has; `attempts` is None where an earlier process sent it."""
         self._stored[gathering.part.number] = stored
         self._guest_bytes += gathering.guest_bytes
-        self._context.progress.acknowledge(guest_bytes=gathering.guest_bytes, image_bytes=stored.length)
+        self._context.progress.acknowledge(guest_bytes=gathering.guest_bytes, image_bytes=stored.length - gathering.cut)
+        if attempts is None:
+            return
+        if self._journal is not None and gathering is not self._head:  # the head only where it is the whole image
+            self._journal.note_part(gathering.part.start, gathering.guest_bytes, stored)
         self._context.emit(
             PartStored(
                 stage=self._context.name,
@@ -413,7 +525,9 @@ class PartDriver:
         self._head.guest_bytes += self._loose_guest_bytes
         if not self._opened:
             return await self._put_whole(last)
-        if last is not None and last.streamed is not None:
+        if last is not None and last.cut:
+            self._take_as_stored(last)
+        elif last is not None and last.streamed is not None:
             last.streamed.end_image()
         elif last is not None:
             self._gathering = last
@@ -443,6 +557,8 @@ class PartDriver:
         try:
             with self._context.meter.working():
                 body = await self._kept(whole.segments, whole.length, self._upload.algorithms)
+                if self._journal is not None and body.sums is not None:
+                    self._journal.note_state(whole={"length": whole.length, "sums": sums_to_text(body.sums)})
                 sealed = await self._upload.put_whole(body)
         finally:
             whole.release()
@@ -457,6 +573,8 @@ class PartDriver:
         parts = [self._stored[number] for number in sorted(self._stored)]
         if sum(part.length for part in parts) != self._position:
             raise StageError("the parts do not add up to the image", operation="seal", expected=self._position)
+        if self._journal is not None:
+            self._journal.note_state(sealing=[part.number for part in parts])
         return await self._upload.seal(parts)
 
     def _check_complete(self, guest_bytes: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -23,12 +24,21 @@ from pipeline.flow.manifest import MANIFEST_SUFFIX
 from pipeline.flow.orders import SPARSE_SINK, Order
 from pipeline.flow.pacing import RateLimit
 from pipeline.flow.parallel import in_thread
-from pipeline.flow.stage import STORED_IMAGE, SinkPlan, SinkRequest, StageContext, StageSpec, option, pieces
+from pipeline.flow.placement import lies_on_disk
+from pipeline.flow.stage import (
+    STORED_IMAGE,
+    SinkPlan,
+    SinkRequest,
+    StageContext,
+    StageSpec,
+    UploadJournal,
+    option,
+    pieces,
+)
 from pipeline.units import MiB, Size, format_size
 from stages.store.file import FileReader, open_file_reader
 from stages.write.packing import UNIT
 from stages.write.partial import partial_name
-from stages.write.placement import lies_on_disk
 from stages.write.ranges import RangeDriver
 
 _STAGING = 4 * MiB
@@ -41,8 +51,10 @@ class Options:
     """Options of write.file."""
 
     path: Path = option(doc="Where the image goes; its folder must exist.", example="/mnt/share/web01.qcow2")
-    overwrite: bool = option(False, doc="Replace an image that is there already, at the end and in one step.")
-    rate_limit: Size | None = option(None, doc='Write at most this much a second, as in "200 MiB".')
+    overwrite: bool = option(
+        False, doc="Replace an image that is there already, at the end and in one step.", may_change=True
+    )
+    rate_limit: Size | None = option(None, doc='Write at most this much a second, as in "200 MiB".', may_change=True)
 
 
 class FileWriter:
@@ -52,23 +64,59 @@ class FileWriter:
         self._options = options
         self._context = context
         self._path = options.path.absolute()
-        self._partial = self._path.with_name(partial_name(self._path.name, context.export_name, str(os.getpid())))
+        self._journal = context.journal
         self._fd = -1
         self._direct_fd = -1
         self._staging = Pool(_STAGING, _STAGINGS)
         self._limit = RateLimit(context.clock, options.rate_limit)
-        self._ours: tuple[int, int] | None = None  # (device, inode) of the file that this run made
+        self._ours: tuple[int, int] | None = None  # (device, inode) of the file that this export made
         self._manifest_begun = False  # this run made the temporary manifest
+
+    @property
+    def _partial(self) -> Path:
+        """The file's temporary name: the same for every process of one export."""
+        run = self._journal.id if self._journal is not None else str(os.getpid())
+        return self._path.with_name(partial_name(self._path.name, self._context.export_name, run))
 
     # -- planning --------------------------------------------------------------------------------------------------
 
     async def plan(self, request: SinkRequest) -> SinkPlan:
         """Look at folder, target and free space. Raises PlanError."""
+        resume_at = self._go_on(self._journal) if self._journal is not None and self._journal.upload else 0
         free = await in_thread(self._context.threads, lambda: self._look(request))
         return SinkPlan(
             own_bytes=_STAGING * _STAGINGS,
             summary=(("free space", f"{format_size(free)} in {self._path.parent}"),),
+            resume_at=resume_at,
         )
+
+    def _go_on(self, journal: UploadJournal) -> int:
+        """Find the file that an earlier process wrote, and take it over or remove it; returns how far it is durable.
+
+        Raises:
+            StoreError: it can't be removed, or not be given its temporary name back.
+        """
+        inode = journal.upload["inode"]
+        found: os.stat_result | None = None
+        try:
+            if inode and self._path.exists() and self._path.stat().st_ino == inode:
+                # The process ended between renaming the image and its manifest, which is what publishes it.
+                if self._partial.exists():
+                    self._path.unlink()
+                else:
+                    os.rename(self._path, self._partial)
+            self._partial_manifest.unlink(missing_ok=True)
+            found = self._partial.stat() if self._partial.exists() else None
+            if found is not None and found.st_ino == inode and not journal.discards:
+                self._ours = (found.st_dev, found.st_ino)
+                return journal.mark
+            self._partial.unlink(missing_ok=True)  # nobody else's has the id of our journal in its name
+        except OSError as error:
+            raise self._store_error(error, "resume") from None
+        journal.begin_anew(
+            "what was written before has been removed" if found else "the file that was begun is not there any more"
+        )
+        return 0
 
     def _look(self, request: SinkRequest) -> int:
         folder = self._path.parent
@@ -118,7 +166,15 @@ class FileWriter:
         Raises:
             StoreError: the disk is full, or the file can't be written; the temporary file is gone.
         """
-        driver = RangeDriver(self, self._context, staging=self._staging, in_flight=_IN_FLIGHT, limit=self._limit)
+        driver = RangeDriver(
+            self,
+            self._context,
+            staging=self._staging,
+            in_flight=_IN_FLIGHT,
+            limit=self._limit,
+            journal=self._journal,
+            make_durable=self._make_durable,
+        )
         size = await driver.store(inlet)
         await outlet.send(StoredImage(str(self._path), size, self._open_reader, self._fetch_receipt))
 
@@ -140,16 +196,33 @@ class FileWriter:
         """Full length, on stable storage, and out of the page cache so that verification reads the medium."""
         await in_thread(self._context.threads, lambda: self._seal(size))
 
+    async def _make_durable(self) -> None:
+        """Bring what was written to stable storage."""
+        try:
+            await in_thread(self._context.threads, lambda: os.fdatasync(self._fd))
+        except OSError as error:
+            raise self._store_error(error, "write") from None
+
     async def abort(self, cause: BaseException) -> None:
         """Remove the temporary file."""
         self._remove(self._partial)
 
     def _create(self) -> None:
         try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            is_new = self._ours is None
+            if self._journal is not None and is_new:
+                self._note(self._journal, inode=0)  # first: a file that nobody knows of would stay
+            flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if is_new else 0)
             self._fd = os.open(self._partial, flags, 0o644)
             status = os.fstat(self._fd)
             self._ours = (status.st_dev, status.st_ino)
+            if self._journal is not None:
+                if not is_new:
+                    self._journal.note_mark(self._journal.start.position)
+                self._note(self._journal, inode=status.st_ino)
+                if not is_new:
+                    # What lies behind is written again, except for zeros, which are left out.
+                    os.ftruncate(self._fd, self._journal.start.position)
         except OSError as error:
             raise self._store_error(error, "create") from None
         self._make_room()
@@ -157,6 +230,9 @@ class FileWriter:
             self._direct_fd = os.open(self._partial, os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
         except OSError as error:
             self._use_buffered(os.strerror(error.errno or 0))
+
+    def _note(self, journal: UploadJournal, *, inode: int) -> None:
+        journal.note_upload({"inode": inode, "commands": [shlex.join(["rm", "-f", str(self._partial)])]})
 
     def _make_room(self) -> None:
         """Give the file its longest length at once: writes that extend a file wait for each other, others do not."""
@@ -224,6 +300,13 @@ class FileWriter:
 
     def _current_path(self) -> Path:
         return self._partial if self._partial.exists() else self._path
+
+    async def fetch_manifest(self) -> bytes | None:
+        """The manifest that stands beside the target; None where there is none."""
+        try:
+            return await in_thread(self._context.threads, self._manifest_path.read_bytes)
+        except OSError:
+            return None
 
     async def publish(self, manifest: bytes) -> str:
         """Rename the image into place, then the manifest. Raises StoreError when somebody took the name."""
@@ -336,6 +419,7 @@ SPEC = StageSpec(
     gives=STORED_IMAGE,
     build=FileWriter,
     sink=SPARSE_SINK,
+    resumable=True,
     schemes=("file",),
     open_reader=open_file_reader,
 )

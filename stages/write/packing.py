@@ -71,6 +71,11 @@ class Packer:
         return self._lease is not None
 
     @property
+    def offset(self) -> int:
+        """Image offset of the first byte that waits."""
+        return self._offset
+
+    @property
     def at_unit(self) -> bool:
         """Whether the next byte starts a unit."""
         return self._end % UNIT == 0

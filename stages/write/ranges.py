@@ -6,6 +6,9 @@ Zeros that nobody wrote are holes. A target that takes bytes in order only gets 
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
 import anyio
 import anyio.abc
 
@@ -15,11 +18,14 @@ from pipeline.flow.buffers import Pool
 from pipeline.flow.channels import Inlet
 from pipeline.flow.items import Piece
 from pipeline.flow.pacing import RateLimit
-from pipeline.flow.stage import StageContext
+from pipeline.flow.stage import StageContext, UploadJournal
 from pipeline.units import KiB
 from stages.write.packing import Batch, Packer, is_aligned
 from stages.write.shapes import RangeUpload
 
+# How often it is noted how far the file is durable, unless that takes long: then seldom enough to cost a hundredth.
+_MARK_EVERY_S = 1.0
+_MARK_SHARE = 100
 # Zeros shorter than this inside a packed stream are written, longer ones are left out of the file.
 _HOLE_MIN = 64 * KiB
 
@@ -28,13 +34,23 @@ class RangeDriver:
     """Drives one upload from the first piece to the sealed file, or to its abort. Used once."""
 
     def __init__(
-        self, upload: RangeUpload, context: StageContext, *, staging: Pool, in_flight: int, limit: RateLimit
+        self,
+        upload: RangeUpload,
+        context: StageContext,
+        *,
+        staging: Pool,
+        in_flight: int,
+        limit: RateLimit,
+        journal: UploadJournal | None = None,
+        make_durable: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """Prepare it; nothing is written before `store`.
 
         Args:
             staging: where pieces are packed; borrowed. Has at least two buffers.
             in_flight: batches being written at once.
+            journal: notes how far the file is durable; says where the first piece comes.
+            make_durable: brings what was written to stable storage; wanted with a journal.
         """
         self._upload = upload
         self._context = context
@@ -43,8 +59,13 @@ class RangeDriver:
         self._in_flight = in_flight
         self._limit = limit
         self._room = anyio.Semaphore(in_flight)
-        self._size = 0
-        self._guest_bytes = 0
+        self._journal = journal
+        self._make_durable = make_durable
+        self._size = self._position = journal.start.position if journal is not None else 0
+        self._guest_bytes = journal.start.guest_bytes if journal is not None else 0
+        self._head_length = context.layout.head_length if context.layout is not None else 0
+        self._is_ascending = True  # apart from a head that comes last
+        self._writing: dict[int, int] = {}  # image offset of each batch under way
 
     async def store(self, inlet: Inlet[Piece]) -> int:
         """Take every piece, write and seal; returns the image's size in bytes.
@@ -53,7 +74,7 @@ class RangeDriver:
             StageError: pieces or guest bytes are missing; nothing was committed.
             StoreError: the target failed for good.
             LeftBehindError: it failed, and removing what was written failed too.
-        Cancellation: what was written is removed.
+        Cancellation: what was written is removed, or kept where the journal says so.
         """
         self._context.meter.parallelism = self._in_flight
         try:
@@ -62,11 +83,15 @@ class RangeDriver:
             if self._upload.in_order:
                 self._room = anyio.Semaphore(1)
             try:
-                async with anyio.create_task_group() as tasks:
+                async with self._marking(), anyio.create_task_group() as tasks:
                     async for piece in inlet:
+                        is_ascending = piece.offset >= self._position or piece.end <= self._head_length
+                        self._is_ascending = self._is_ascending and is_ascending
                         self._size = max(self._size, piece.end)
                         self._guest_bytes += piece.guest_bytes
+                        end = piece.end
                         await (self._follow(piece, tasks) if self._upload.in_order else self._take(piece, tasks))
+                        self._position = max(self._position, end)
                     await self._write(self._batch, tasks)
                     await self._write(self._packer.take(), tasks)
             except BaseExceptionGroup as group:
@@ -78,10 +103,44 @@ class RangeDriver:
                 )
             with self._context.meter.working():
                 await self._upload.seal(self._size)
+            if self._journal is not None:
+                self._journal.note_mark(self._size)
         except BaseException as error:
-            await self._upload.abort(error)
+            if self._journal is None or not self._journal.keeps(error):
+                await self._upload.abort(error)
             raise
         return self._size
+
+    @asynccontextmanager
+    async def _marking(self) -> AsyncIterator[None]:
+        """While inside, note now and then how far the file is durable."""
+        if self._journal is None or self._make_durable is None:
+            yield
+            return
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._mark, self._journal, self._make_durable)
+            yield
+            tasks.cancel_scope.cancel()
+
+    async def _mark(self, journal: UploadJournal, make_durable: Callable[[], Awaitable[None]]) -> None:
+        clock = self._context.clock
+        pause = _MARK_EVERY_S
+        while self._is_ascending:
+            await clock.sleep(pause)
+            reached, begun = self._settled(), clock.now()
+            if reached > journal.mark:
+                await make_durable()
+                journal.note_mark(reached)
+            pause = max(_MARK_EVERY_S, _MARK_SHARE * (clock.now() - begun))
+
+    def _settled(self) -> int:
+        """Every image byte below, behind a head that comes last, was written."""
+        if not self._is_ascending:
+            return 0
+        waiting = [*self._writing.values(), *(offset for offset, _ in self._batch.parts)]
+        if self._packer.is_open:
+            waiting.append(self._packer.offset)
+        return min((offset for offset in waiting if offset >= self._head_length), default=self._position)
 
     async def _take(self, piece: Piece, tasks: anyio.abc.TaskGroup) -> None:
         packer = self._packer
@@ -119,6 +178,7 @@ class RangeDriver:
 
     async def _write(self, batch: Batch | None, tasks: anyio.abc.TaskGroup) -> None:
         if batch is not None and batch.parts:
+            self._writing[id(batch)] = batch.parts[0][0]
             await self._room.acquire()
             tasks.start_soon(self._write_batch, batch)
 
@@ -127,6 +187,7 @@ class RangeDriver:
             await self._limit.wait(batch.length)
             with self._context.meter.working():
                 await self._upload.write(batch.parts)
+            del self._writing[id(batch)]
         finally:
             self._room.release()
         batch.release()

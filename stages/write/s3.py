@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,7 +20,16 @@ from pipeline.flow.channels import Inlet, Outlet
 from pipeline.flow.items import Piece, RangeReader, StoredImage
 from pipeline.flow.manifest import MANIFEST_SUFFIX
 from pipeline.flow.orders import HEAD_LAST_SINK, Order
-from pipeline.flow.stage import STORED_IMAGE, SinkPlan, SinkRequest, StageContext, StageSpec, option, pieces
+from pipeline.flow.stage import (
+    STORED_IMAGE,
+    SinkPlan,
+    SinkRequest,
+    StageContext,
+    StageSpec,
+    UploadJournal,
+    option,
+    pieces,
+)
 from pipeline.units import Size
 
 # aiohttp, botocore and awscrt are imported where a store is really talked to, not for `pipeline --help`.
@@ -43,25 +52,31 @@ class Options:
         "",
         doc="The store's address, https://HOST[:PORT]; else AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, else AWS itself. "
         "Credentials come from the standard AWS chain.",
+        may_change=True,
     )
-    region: str = option("", doc="Region for signatures; else AWS_REGION, the AWS profile, us-east-1.")
+    region: str = option("", doc="Region for signatures; else AWS_REGION, the AWS profile, us-east-1.", may_change=True)
     overwrite: bool = option(
         False,
         doc="Replace an object that has the name already. It stays until the new one is complete, "
         "and is gone from then on unless the bucket keeps versions.",
+        may_change=True,
     )
-    ca_file: Path | None = option(None, doc="PEM certificates to trust instead of the system's.")
+    ca_file: Path | None = option(None, doc="PEM certificates to trust instead of the system's.", may_change=True)
     parts_in_flight: int = option(
-        8, doc="How many parts are on their way at once, as far as memory allows. More helps on long lines only."
+        8,
+        doc="How many parts are on their way at once, as far as memory allows. More helps on long lines only.",
+        may_change=True,
     )
     checksum: Literal["auto", "crc64nvme", "crc32c", "md5"] = option(
         "auto", doc="What the store checks each part with; auto is CRC64NVME where the store knows it, else MD5."
     )
     addressing: Literal["auto", "path", "virtual"] = option(
-        "auto", doc="Bucket in the path or in the host name; auto is the host name except for addresses and localhost."
+        "auto",
+        doc="Bucket in the path or in the host name; auto is the host name except for addresses and localhost.",
+        may_change=True,
     )
-    attempts: int = option(6, doc="How often a request is sent when the store fails for a moment.")
-    rate_limit: Size | None = option(None, doc='Send at most this much a second, as in "40 MiB".')
+    attempts: int = option(6, doc="How often a request is sent when the store fails for a moment.", may_change=True)
+    rate_limit: Size | None = option(None, doc='Send at most this much a second, as in "40 MiB".', may_change=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,17 +123,13 @@ class S3Writer:
     async def plan(self, request: SinkRequest) -> SinkPlan:
         """Look at bucket and target, and lay out the parts. Raises PlanError or StoreError."""
         from pipeline.flow.pacing import Pacer
-        from pipeline.flow.retry import Retry, RetryPolicy
-        from stages.store.s3 import S3Client, S3Url
+        from stages.store.s3 import S3Url
         from stages.write.driver import plan_driver
-        from stages.write.s3_upload import S3Upload
 
         options = self._options
         where = S3Url.parse(options.url)
         if options.parts_in_flight < 1 or options.attempts < 1:
             raise PlanError("parts_in_flight and attempts are at least 1", operation="plan")
-        policy = self._retry_policy or RetryPolicy(attempts=options.attempts)
-        retry = Retry(policy, clock=self._context.clock, emit=self._context.emit, stage=self._context.name)
         pacer = Pacer(
             self._context.clock,
             requests=options.parts_in_flight,
@@ -127,16 +138,7 @@ class S3Writer:
             stage=self._context.name,
         )
         await self.close()
-        client = await S3Client.connect(
-            where.bucket,
-            endpoint=options.endpoint,
-            region=options.region,
-            ca_file=options.ca_file,
-            addressing=options.addressing,
-            connections=options.parts_in_flight,
-            timeouts=self._timeouts,
-            on_alive=retry.alive,
-        )
+        client, retry = await self._connect(where.bucket)
         plan = plan_driver(client.limits, request, parts_in_flight=options.parts_in_flight)
         sink = plan.sink
         if options.checksum == "crc32c" and sink.boundaries:
@@ -145,17 +147,16 @@ class S3Writer:
                 operation="plan",
                 hint='Set checksum = "auto", or raise "memory" in [export].',
             )
-        upload = S3Upload(
-            client,
-            where.key,
-            overwrite=options.overwrite,
-            checksum=options.checksum,
-            clock=self._context.clock,
-            emit=self._context.emit,
-            stage=self._context.name,
-        )
+        upload = self._make_upload(client, where.key)
         self._planned = _Planned(key=where.key, client=client, retry=retry, pacer=pacer, upload=upload, plan=plan)
-        await self._look_at_target(self._planned)
+        resume_at = 0
+        journal = self._context.journal
+        if journal is not None and journal.upload:
+            resume_at = await self._go_on(self._planned, journal)
+            if not journal.upload:
+                self._planned = replace(self._planned, upload=self._make_upload(client, where.key))
+        if journal is None or not journal.upload:
+            await self._look_at_target(self._planned)
         checksum = (
             "CRC64NVME, or MD5 where the store does not know it" if options.checksum == "auto" else options.checksum
         )
@@ -164,7 +165,101 @@ class S3Writer:
             held_bytes=sink.held_bytes,
             own_bytes=sink.own_bytes,
             summary=(*sink.summary, ("checksum of each part", checksum), ("credentials", client.signer.source)),
+            resume_at=resume_at,
         )
+
+    async def _connect(self, bucket: str) -> tuple[S3Client, Retry]:
+        from pipeline.flow.retry import Retry, RetryPolicy
+        from stages.store.s3 import S3Client
+
+        options = self._options
+        policy = self._retry_policy or RetryPolicy(attempts=options.attempts)
+        retry = Retry(policy, clock=self._context.clock, emit=self._context.emit, stage=self._context.name)
+        client = await S3Client.connect(
+            bucket,
+            endpoint=options.endpoint,
+            region=options.region,
+            ca_file=options.ca_file,
+            addressing=options.addressing,
+            connections=options.parts_in_flight,
+            timeouts=self._timeouts,
+            on_alive=retry.alive,
+        )
+        return client, retry
+
+    def _make_upload(self, client: S3Client, key: str) -> S3Upload:
+        from stages.write.s3_upload import S3Upload
+
+        return S3Upload(
+            client,
+            key,
+            overwrite=self._options.overwrite,
+            checksum=self._options.checksum,
+            clock=self._context.clock,
+            emit=self._context.emit,
+            stage=self._context.name,
+        )
+
+    async def _go_on(self, planned: _Planned, journal: UploadJournal) -> int:
+        """Find out what is left of the upload of an earlier process, and take it over or remove it.
+
+        Returns:
+            image bytes below this, behind the head, are stored.
+        Raises:
+            PlanError: the upload is not there, and may be in another store; or the target is somebody else's.
+        """
+        from pipeline.flow.retry import CLEANUP
+        from stages.store.s3 import head_or_reason
+        from stages.write.kept import fitting, resume_offset, stored_part, sums_from_text
+
+        client, retry, upload, key = planned.client, planned.retry, planned.upload, planned.key
+        state = journal.upload
+        sealing = [journal.parts[number] for number in state.get("sealing", ()) if number in journal.parts]
+        if "whole" in state:
+            sent = [sums_from_text(state["whole"]["length"], state["whole"]["sums"])]
+        else:
+            sent = [stored_part(part).sums for part in sealing]
+        upload.go_on(state, sent, in_parts="whole" not in state)
+        found = await retry.call("head", lambda: head_or_reason(client, key))
+        is_ours = upload.recognise(found)
+        upload.replaced = None if is_ours else found
+        if found is not None and not is_ours and not self._options.overwrite and not journal.discards:
+            raise PlanError(
+                "the target appeared since this export was begun",
+                operation="resume",
+                uri=upload.uri,
+                size=found.size,
+                hint="Somebody else wrote it. Move it away, or set overwrite = true in write.s3.",
+            )
+        if journal.discards or "whole" in state or not state["upload_id"]:
+            await retry.call("abort", upload.settle_open, CLEANUP)
+            await retry.call("abort", upload.abort, CLEANUP)
+            journal.begin_anew("what was sent before has been removed")
+            return 0
+        stored = await retry.call("list_parts", lambda: client.list_parts(key, str(state["upload_id"])))
+        if is_ours:  # complete and visible already: nothing is to be sent, it only has to be verified
+            return resume_offset(planned.plan.parts, journal.parts)
+        if stored is None:
+            if state["endpoint"] != client.endpoint:
+                raise PlanError(
+                    "the upload that was begun is not in this store",
+                    operation="resume",
+                    was=state["endpoint"],
+                    now=client.endpoint,
+                    hint="Resume with the endpoint that it was begun with, or start anew: --discard.",
+                )
+            upload.forget_upload()
+            journal.begin_anew("the store does not have the upload any more; a rule of the bucket may have removed it")
+            return 0
+        fits = fitting(planned.plan.parts, journal.parts)
+        journal.drop_parts(
+            [
+                number
+                for number, part in journal.parts.items()
+                if number not in fits or stored.get(number) != (part.length, part.tag.strip('"'))
+            ]
+        )
+        return resume_offset(planned.plan.parts, journal.parts)
 
     async def _look_at_target(self, planned: _Planned) -> None:
         from stages.store.s3 import S3Error, head_or_reason
@@ -207,17 +302,23 @@ class S3Writer:
             LeftBehindError: it failed, and something may be left.
         """
         from stages.write.driver import PartDriver, abort_upload
+        from stages.write.kept import PartJournal
         from stages.write.paced import Paced
         from stages.write.retrying import Retrying
 
         planned = self._after_planning()
         upload = planned.upload
         driven = Retrying(Paced(self._wrap(upload), planned.pacer), planned.retry)
-        sealed = await PartDriver(driven, self._context, planned.plan).store(inlet)
+        journal = PartJournal(self._context.journal, upload.state) if self._context.journal is not None else None
+        sealed = await PartDriver(driven, self._context, planned.plan, journal).store(inlet)
+        if self._context.journal is not None:
+            # What removes it now is another command than before.
+            self._context.journal.note_upload({**self._context.journal.upload, "commands": upload.leftovers()})
         try:
             await outlet.send(StoredImage(upload.uri, sealed.size, self._open_reader, upload.fetch_receipt))
         except BaseException as error:
-            await abort_upload(driven, self._context, error)
+            if journal is None or not journal.keeps(error):
+                await abort_upload(driven, self._context, error)
             raise
 
     @asynccontextmanager
@@ -230,6 +331,29 @@ class S3Writer:
         if state is None:
             raise StoreError("the stored image is gone", operation="read", uri=upload.uri)
         yield S3RangeReader(client, planned.key, state, planned.retry)
+
+    async def fetch_manifest(self) -> bytes | None:
+        """The manifest that stands beside the target; None where there is none. Raises StoreError."""
+        from stages.store.s3 import S3Error, S3Url, head_or_reason
+
+        where = S3Url.parse(self._options.url)
+        key = where.key + MANIFEST_SUFFIX
+        client, retry = await self._connect(where.bucket)
+
+        async def fetch() -> bytes | None:
+            found = await head_or_reason(client, key)
+            if found is None:
+                return None
+            return await client.get_range(key, 0, found.size, etag=found.etag, version=found.version)
+
+        try:
+            return await retry.call("read_manifest", fetch)
+        except S3Error as error:
+            if error.temporary:
+                raise
+            return None  # planning says what is wrong
+        finally:
+            await client.close()
 
     async def publish(self, manifest: bytes) -> str:
         """Put the manifest beside the image. Raises StoreError, also where somebody else put one meanwhile."""
@@ -296,7 +420,8 @@ class S3Writer:
             try:
                 if self._manifest is not None:
                     await planned.retry.call("withdraw", self._remove_manifest, CLEANUP)
-                await planned.retry.call("withdraw", upload.remove_object, CLEANUP)
+                # An upload that might have been kept is still open.
+                await planned.retry.call("withdraw", upload.abort, CLEANUP)
             except StoreError as error:
                 failure = error
             else:
@@ -346,6 +471,7 @@ SPEC = StageSpec(
     gives=STORED_IMAGE,
     build=S3Writer,
     sink=HEAD_LAST_SINK,
+    resumable=True,
     schemes=("s3",),
     open_reader=open_reader,
 )

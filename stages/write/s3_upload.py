@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import shlex
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.errors import StoreError
 from pipeline.events import Event, FallbackTaken
@@ -97,6 +97,55 @@ class S3Upload:
     def algorithms(self) -> Algorithm:
         """Both CRC64NVME and MD5 until the store has said what it knows."""
         return self._algorithms
+
+    # ---- in a journal ----------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What a later process needs to find this upload again."""
+        return {
+            "bucket": self._client.bucket,
+            "key": self._key,
+            "endpoint": self._client.endpoint,
+            "upload_id": self._upload_id,
+            "asked_at": self._asked_at or (0.0 if self._upload_id else self._clock_of_store()),
+            "known_uploads": sorted(self.known_uploads) if self.known_uploads is not None else None,
+            "algorithms": [one.name for one in self._algorithms],
+            "full_object": self._full_object,
+            "commands": self.leftovers(),
+        }
+
+    def go_on(self, state: Mapping[str, Any], sent: Sequence[Sums], *, in_parts: bool) -> None:
+        """Take over the upload of an earlier process.
+
+        Args:
+            sent: the checksums of the object that was about to be made visible; empty where none was.
+        """
+        self._upload_id = str(state["upload_id"])
+        known = state["known_uploads"]
+        self.known_uploads = frozenset(known) if known is not None else None
+        self._asked_at = None if self._upload_id or "whole" in state else float(state["asked_at"])
+        if self._upload_id:
+            self._algorithms = Algorithm(0)
+            for name in state["algorithms"]:
+                self._algorithms |= Algorithm[name]
+        self._full_object = bool(state["full_object"])
+        self._expected, self._in_parts = tuple(sent), in_parts
+        self._maybe_visible = bool(sent)
+
+    def recognise(self, found: ObjectState | None) -> bool:
+        """Whether the object under our key is what the earlier process made; else it is somebody else's."""
+        self._maybe_visible = found is not None and self._maybe_visible and self._is_ours(found)
+        return self._maybe_visible
+
+    async def settle_open(self) -> None:
+        """Remove an upload that the earlier process opened, and never learned of. Raises StoreError."""
+        if self._asked_at is not None:
+            await self._reap()
+            self._asked_at = None
+
+    def forget_upload(self) -> None:
+        """The store does not have it any more."""
+        self._upload_id = ""
 
     # ---- parts -----------------------------------------------------------------------------------------------------
 

@@ -107,7 +107,9 @@ class Seam:
     closed: bool = False
 
     @asynccontextmanager
-    async def plan_run(self, config: ExportConfig, chain: WiredChain, events: EventStream) -> AsyncIterator[Any]:
+    async def plan_run(
+        self, config: ExportConfig, chain: WiredChain, events: EventStream, **_: object
+    ) -> AsyncIterator[Any]:
         """A plan with the attributes that the verbs look at."""
         self.planned.append(config)
         if self.planning_fails:

@@ -259,9 +259,9 @@ def test_a_name_that_cannot_be_part_of_a_file_name_is_a_fault(tmp_path: Path, na
     assert only(tmp_path, GOOD.replace('"web01"', f'"{name}"'))[0] == 2
 
 
-def test_keep_is_refused_until_it_can_be_kept(tmp_path: Path) -> None:
-    text = GOOD.replace("[export]", '[export]\non_failure = "keep"')
-    assert only(tmp_path, text)[1] == 'on_failure: "keep" is not one of "abort"'
+def test_keep_without_a_journal_is_refused(tmp_path: Path) -> None:
+    text = GOOD.replace("[export]", '[export]\njournal = "off"\non_failure = "keep"')
+    assert only(tmp_path, text)[1] == "on_failure: nothing can be kept without a journal"
 
 
 def test_a_secret_comes_from_the_environment_and_is_never_shown(

@@ -59,7 +59,7 @@ class Said:
 
 def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
     """What the process sees."""
-    kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
+    kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR", "XDG_STATE_HOME") if name in os.environ}
     return {
         **kept,
         "HOME": "/nonexistent",

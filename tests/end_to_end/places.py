@@ -45,8 +45,8 @@ class Place:
         verifiers: Sequence[str] = ("verify.readback",),
         memory: str = "96 MiB",
     ) -> Path:
-        """An export file to the bucket."""
-        return write_toml(
+        """An export file to the bucket; a run that fails leaves nothing."""
+        path = write_toml(
             self.folder / "export.toml",
             f'read.disk; path = "{disk or self.disk}"',
             *CHAIN,
@@ -55,6 +55,8 @@ class Place:
             *verifiers,
             memory=memory,
         )
+        path.write_text(path.read_text().replace("[export]", '[export]\non_failure = "abort"', 1))
+        return path
 
     def nothing_is_left(self) -> bool:
         """No object, no open upload, no file but the disk and the export file."""

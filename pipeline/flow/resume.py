@@ -1,0 +1,740 @@
+"""Going on in a new process: the journal of a run, the points to start again from, and whether the disk is the same.
+
+A run notes what its store acknowledged, and about once a second a *point*: the encoder's state at a block boundary. The
+next process starts at the last point below the lowest image byte that is not stored. What had been observed of the disk
+up to there (leaf digests, the map) lies in a file of its own beside the journal, appended to at every point.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import secrets
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import anyio
+
+from pipeline.errors import (
+    FormatError,
+    LeftBehindError,
+    PipelineError,
+    PlanError,
+    SourceError,
+    StageError,
+    VerificationError,
+    first_error,
+)
+from pipeline.events import Event, FallbackTaken, RunResumed
+from pipeline.flow.buffers import Pool
+from pipeline.flow.items import Block
+from pipeline.flow.journal import Record, RecordLog
+from pipeline.flow.mapping import MapRecorder
+from pipeline.flow.parallel import in_thread, ordered_map
+from pipeline.flow.stage import (
+    Clock,
+    Encoder,
+    FunctionStage,
+    KeptPart,
+    Remembering,
+    Source,
+    SourceInfo,
+    Start,
+    make_load,
+)
+from pipeline.units import MiB
+
+# A point costs the encoder's state (a few KiB to a few hundred) and a write. Twice as often halves what is made again
+# after a kill; it is a second of work already.
+POINT_EVERY_S = 1.0
+SYNC_EVERY_S = 1.0
+# The journal is written anew when it is this much longer than what of it still counts, and twice as long.
+SLACK = 4 * MiB
+# Windows that are read again before a run goes on, unless all of them are: at most 256 MiB, a second or two.
+SAMPLE_WINDOWS = 64
+
+_HEADER, _UPLOAD, _PART, _MARK, _POINT, _END, _DROPPED = range(1, 8)
+_POINT_HEAD = struct.Struct("<QQQ")
+_U64 = struct.Struct("<Q")
+_U32 = struct.Struct("<I")
+# What must be equal for two sources to be one disk. Whatever else differs (name, inode, time of change, a number that
+# the kernel gives anew at each start) is no proof of either: then all that was sent is compared.
+_SAME_DISK = ("kind", "size", "serial", "wwid", "seed")
+
+Recheck = Literal["sample", "full"]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """An encoder's state before the block at `guest_offset`, when its next image byte was `position`.
+
+    Attributes:
+        guest_bytes: that all pieces before accounted for.
+    """
+
+    position: int
+    guest_offset: int
+    guest_bytes: int
+    state: bytes
+
+    @property
+    def start(self) -> Start:
+        """Where a run that begins here begins."""
+        return Start(position=self.position, guest_offset=self.guest_offset, guest_bytes=self.guest_bytes)
+
+
+class JournalError(PlanError):
+    """The journal can't be made or written where it is wanted."""
+
+
+class RunJournal:
+    """The journal of one export, and the UploadJournal that its writer sees. On the event loop.
+
+    Attributes:
+        header: what the export is, as its first process described it; empty where there was no journal.
+        published: where an earlier process published the image; empty where none did.
+        recheck: how much of what was sent is compared with the disk before going on.
+        attempts: processes that worked on it, this one included.
+        resume_command: for messages.
+        expected: what the export is now; the header of a journal that begins anew.
+    """
+
+    def __init__(self, log: RecordLog, *, emit: Callable[[Event], None], clock: Clock, keep: bool) -> None:
+        """Use `open` instead."""
+        self._log = log
+        self._leaves: RecordLog | None = None
+        self._emit = emit
+        self._clock = clock
+        self._keep = keep
+        self._broken = False
+        self._is_closed = False
+        self._next_point = float("-inf")
+        self._low = 0
+        self.header: dict[str, Any] = {}
+        self.id = ""
+        self.upload: Mapping[str, Any] = {}
+        self.parts: dict[int, KeptPart] = {}
+        self.mark = 0
+        self.points: list[Point] = []
+        self.published = ""
+        self.discards = False
+        self.resends = False
+        self.recheck: Recheck = "sample"
+        self.start = Start()
+        self.attempts = 1
+        self.resume_command = ""
+        self.discard_reason = ""
+        self.expected: Mapping[str, Any] = {}
+        self._read(log.found)
+        log.found = []
+
+    @classmethod
+    def open(cls, path: Path, *, emit: Callable[[Event], None], clock: Clock, keep: bool) -> RunJournal:
+        """Open or make the journal and lock it.
+
+        Args:
+            keep: what was sent stays after a failure.
+        Raises:
+            JournalError: it can't be written.
+            PlanError: another process has it.
+        """
+        try:
+            return cls(RecordLog.open(path), emit=emit, clock=clock, keep=keep)
+        except OSError as error:
+            raise JournalError(
+                f"the journal can't be written: {error.strerror}",
+                operation="plan",
+                journal=path,
+                hint='Set journal = PATH in [export], or journal = "off": then a killed run can\'t be resumed.',
+            ) from None
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._log.path
+
+    @property
+    def leaves_path(self) -> Path:
+        """The file beside it with what was observed of the disk."""
+        return self.path.with_suffix(".leaves") if self.path.suffix == ".journal" else Path(f"{self.path}.leaves")
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether an earlier process left something in the store."""
+        return bool(self.header and self.upload and not self.published)
+
+    @property
+    def has_stored(self) -> bool:
+        """Whether the store acknowledged any of the image."""
+        return bool(self.parts) or self.mark > self._head_length
+
+    @property
+    def low_water(self) -> int:
+        """Image bytes below this, behind the head, are in the target."""
+        return max(self._low, self.mark)
+
+    @property
+    def _head_length(self) -> int:
+        return int(self.header.get("layout", {}).get("head_length", 0))
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def _read(self, records: Iterable[Record]) -> None:
+        for record in records:
+            if record.kind == _HEADER:
+                self.header = json.loads(record.payload)
+                self.id = str(self.header["id"])
+                self._low = self._head_length
+            elif not self.header:
+                return  # damaged at its beginning: nothing in it can be trusted
+            elif record.kind == _UPLOAD:
+                self.upload = json.loads(record.payload)
+            elif record.kind == _PART:
+                part = KeptPart(**json.loads(record.payload))
+                self.parts[part.number] = part
+            elif record.kind == _DROPPED:
+                for number in json.loads(record.payload):
+                    self.parts.pop(number, None)
+            elif record.kind == _MARK:
+                self.mark = _U64.unpack(record.payload)[0]
+            elif record.kind == _POINT:
+                head = _POINT_HEAD.unpack_from(record.payload)
+                self.points.append(Point(head[0], head[1], head[2], record.payload[_POINT_HEAD.size :]))
+            elif record.kind == _END:
+                self.published = json.loads(record.payload)["uri"]
+        self._settle()
+
+    def _settle(self) -> None:
+        """Find the low water anew, from all parts."""
+        self._low = self._head_length
+        self._advance()
+
+    def _advance(self) -> None:
+        ends = {part.start: part.start + part.length for part in self.parts.values()}
+        while self._low in ends:
+            self._low = ends[self._low]
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def begin(self, header: Mapping[str, Any]) -> None:
+        """Start anew, with nothing in the store. Raises PlanError where the journal can't be written."""
+        self.id = secrets.token_hex(8)
+        self.header = {**header, "id": self.id}
+        self.start = Start(position=self._head_length)
+        self.upload, self.parts, self.mark, self.points, self.published = {}, {}, 0, [], ""
+        self.attempts = 1
+        self._settle()
+        try:
+            self._remove_leaves()
+            self._log.rewrite(self._live())
+        except OSError as error:
+            raise PlanError(
+                f"the journal can't be written: {error.strerror}", operation="plan", journal=self.path
+            ) from None
+
+    def begin_anew(self, reason: str) -> None:
+        """Nothing of what earlier processes noted is in the store any more. Tells the user why."""
+        self._emit(FallbackTaken(stage="engine", what="the export starts anew", reason=self.discard_reason or reason))
+        self.discards = False
+        self.begin(self.expected)
+
+    def note_upload(self, state: Mapping[str, Any]) -> None:
+        """Remember how the upload is found again. Durable when it returns."""
+        self.upload = dict(state)
+        self._append(Record(_UPLOAD, _json(self.upload)), durable=True)
+
+    def note_part(self, part: KeptPart) -> None:
+        """The store acknowledged a part."""
+        self.parts[part.number] = part
+        self._append(Record(_PART, _json(asdict(part))))
+        if part.start == self._low:
+            self._advance()
+
+    def note_mark(self, position: int) -> None:
+        """Every image byte below is on stable storage in the target."""
+        self.mark = position
+        self._append(Record(_MARK, _U64.pack(position)))
+
+    def drop_parts(self, numbers: Iterable[int]) -> None:
+        """The store does not have these parts after all."""
+        gone = [number for number in numbers if self.parts.pop(number, None)]
+        if gone:
+            self._append(Record(_DROPPED, _json(gone)), durable=True)
+            self._settle()
+
+    def note_published(self, uri: str) -> None:
+        """The image is the result; what is left is to remove the journal."""
+        self.published = uri
+        self._append(Record(_END, _json({"uri": uri})), durable=True)
+
+    def take_point(
+        self,
+        encoder: Encoder[Any],
+        start: Start,
+        remembering: Sequence[Remembering],
+        *,
+        is_end: bool = False,
+    ) -> None:
+        """Called before every block is observed and placed, and at the end; takes a point about once a second.
+
+        Args:
+            start: of a run that begins at this block.
+            remembering: whose observations are noted, always in the same order.
+            is_end: the disk was read to its end: always a point.
+        """
+        now = self._clock.now()
+        if self._broken or (not is_end and now < self._next_point) or start.guest_offset <= self._last_guest_offset:
+            return
+        self._next_point = now + POINT_EVERY_S
+        deltas = [one.delta() for one in remembering]
+        point = Point(start.position, start.guest_offset, start.guest_bytes, encoder.checkpoint())
+        self._append_leaves(start.guest_offset, deltas)
+        self.points.append(point)
+        self._append(_point_record(point))
+
+    @property
+    def _last_guest_offset(self) -> int:
+        return self.points[-1].guest_offset if self.points else self.start.guest_offset
+
+    def _append_leaves(self, guest_offset: int, deltas: Sequence[bytes]) -> None:
+        body = [_U64.pack(guest_offset)]
+        for delta in deltas:
+            body += [_U32.pack(len(delta)), delta]
+        try:
+            self._opened_leaves().append(Record(_POINT, b"".join(body)))
+        except OSError as error:
+            self._give_up(error)
+
+    def _opened_leaves(self) -> RecordLog:
+        if self._leaves is None:
+            self._leaves = RecordLog.open(self.leaves_path)
+            found = self._leaves.found
+            if not found or found[0].kind != _HEADER or found[0].payload.decode("ascii", "replace") != self.id:
+                self._leaves.rewrite([Record(_HEADER, self.id.encode())])
+                self._leaves.found = []
+        return self._leaves
+
+    def _append(self, record: Record, *, durable: bool = False) -> None:
+        if self._broken:
+            return
+        try:
+            self._log.append(record, durable=durable)
+            if self._log.size > SLACK:
+                self._compact()
+        except OSError as error:
+            self._give_up(error)
+
+    def _compact(self) -> None:
+        self._drop_points()
+        live = self._live()
+        if self._log.size > SLACK + 2 * sum(len(record.payload) for record in live):
+            self._log.rewrite(live)
+
+    def _drop_points(self) -> None:
+        """Forget those that nobody starts from any more."""
+        limit = self.low_water
+        for _ in range(2):  # the last one that can be started from, and one that does not cut the same part
+            below = [index for index, point in enumerate(self.points) if point.position <= limit]
+            if not below:
+                return
+            keep = below[-1]
+            limit = self.part_start(self.points[keep].position)
+        del self.points[:keep]
+
+    def _live(self) -> list[Record]:
+        records = [Record(_HEADER, _json(self.header))]
+        if self.upload:
+            records.append(Record(_UPLOAD, _json(self.upload)))
+        records += [Record(_PART, _json(asdict(part))) for part in self.parts.values()]
+        if self.mark:
+            records.append(Record(_MARK, _U64.pack(self.mark)))
+        return records + [_point_record(point) for point in self.points]
+
+    def _give_up(self, error: OSError) -> None:
+        self._broken = True
+        self._emit(
+            FallbackTaken(
+                stage="engine",
+                what=f"the journal {self.path} is not written any more; a kill loses what is sent from here on",
+                reason=error.strerror or str(error),
+            )
+        )
+
+    async def keep_durable(self, threads: anyio.CapacityLimiter) -> None:
+        """Bring what was noted to stable storage once a second; runs until it is cancelled."""
+        while not self._broken:
+            await anyio.sleep(SYNC_EVERY_S)
+            try:
+                await in_thread(threads, self._sync)
+            except OSError as error:
+                self._give_up(error)
+
+    def _sync(self) -> None:
+        if self._leaves is not None:
+            self._leaves.sync()  # first: a point without its leaves is of no use
+        self._log.sync()
+
+    # -- going on --------------------------------------------------------------------------------------------------
+
+    def usable_points(self, below: int) -> list[Point]:
+        """The points at or below an image offset whose observations are all there, the latest first."""
+        if not self.points:
+            return []
+        known = {offset for offset, _ in self._observations()}
+        return sorted(
+            (point for point in self.points if point.position <= below and point.guest_offset in known),
+            key=lambda point: point.guest_offset,
+            reverse=True,
+        )
+
+    def part_start(self, position: int) -> int:
+        """Where the stored part begins that this image offset lies inside of; else the offset itself."""
+        inside = (part.start for part in self.parts.values() if part.start < position < part.start + part.length)
+        return next(inside, position)
+
+    def compared_until(self, point: Point, size: int) -> int | None:
+        """How far the disk has to be compared, in guest bytes, to start at a point.
+
+        A part that the point cuts can't be compared as a whole; so what it holds of the disk behind the point has to
+        be. None where that was not noted.
+        """
+        ends = [part.start + part.length for part in self.parts.values() if part.start < point.position]
+        cut = next((end for end in ends if point.position < end), None)
+        if cut is None:
+            return point.guest_offset
+        covering = (one.guest_offset for one in self.usable_points(1 << 62))
+        reaching = {one.guest_offset for one in self.points if one.position >= cut or one.guest_offset == size}
+        return min((offset for offset in covering if offset in reaching), default=None)
+
+    def recall(self, guest_offset: int, remembering: Sequence[Remembering]) -> None:
+        """Observe again what earlier processes did below a point's guest offset."""
+        for offset, deltas in self._observations():
+            if offset > guest_offset:
+                return
+            for one, delta in zip(remembering, deltas, strict=True):
+                one.recall(delta)
+
+    def go_on_from(self, point: Point | None) -> None:
+        """This process starts here: forget later points, whose observations are made again."""
+        self.start = point.start if point else Start(position=self._head_length)
+        self.points = [one for one in self.points if one.guest_offset <= self.start.guest_offset] if point else []
+        self.attempts = int(self.header.get("attempts", 1)) + 1
+        self.header = {**self.header, "attempts": self.attempts}
+        try:
+            leaves = self._opened_leaves()
+            kept = [record for record in leaves.found[1:] if _guest_end(record) <= self.start.guest_offset]
+            leaves.rewrite([Record(_HEADER, self.id.encode()), *kept])
+            leaves.found = []
+            self._log.rewrite(self._live())
+        except OSError as error:
+            self._give_up(error)
+
+    def _observations(self) -> list[tuple[int, list[bytes]]]:
+        """(guest offset behind, deltas) in order; ends at the first that is not as it should be."""
+        found: list[tuple[int, list[bytes]]] = []
+        for record in self._opened_leaves().found[1:]:
+            offset = _guest_end(record)
+            if found and offset <= found[-1][0]:
+                break
+            deltas = []
+            position = _U64.size
+            while position < len(record.payload):
+                (length,) = _U32.unpack_from(record.payload, position)
+                position += _U32.size
+                deltas.append(record.payload[position : position + length])
+                position += length
+            found.append((offset, deltas))
+        return found
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def keeps(self, error: BaseException) -> bool:
+        """Whether what is in the store stays there after this failure.
+
+        Never after a failed verification, nor after a defect of this program: neither would end better next time.
+        """
+        if not self._keep or not self.has_stored:
+            return False
+        told = first_error(error)
+        if isinstance(told, (VerificationError, StageError, FormatError, LeftBehindError)):
+            return False
+        return isinstance(told, (PipelineError, OSError)) or not isinstance(told, Exception)
+
+    def remove_commands(self) -> tuple[str, ...]:
+        """Shell commands that remove what is in the store, and the journal."""
+        told = tuple(str(one) for one in self.upload.get("commands", ()))
+        return (*told, f"rm {self.path} {self.leaves_path}")
+
+    def remove(self) -> None:
+        """Nothing is left to go on with."""
+        self._is_closed = True
+        self._remove_leaves()
+        self._log.remove()
+
+    def _remove_leaves(self) -> None:
+        if self._leaves is None:
+            self._leaves = RecordLog.open(self.leaves_path)
+        self._leaves.remove()
+        self._leaves = None
+
+    def close(self) -> None:
+        """Let the files go; an empty journal goes too. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if not self.upload and not self.published and self.path.exists():
+            self.remove()
+            return
+        if self._leaves is not None:
+            self._leaves.close()
+        self._log.close()
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":"), sort_keys=True).encode()
+
+
+def _point_record(point: Point) -> Record:
+    return Record(_POINT, _POINT_HEAD.pack(point.position, point.guest_offset, point.guest_bytes) + point.state)
+
+
+def _guest_end(record: Record) -> int:
+    offset: int = _U64.unpack_from(record.payload)[0]
+    return offset
+
+
+# -- the same disk? ------------------------------------------------------------------------------------------------
+
+
+def other_disk(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, str, str] | None:
+    """(what, before, now) where two identities can't be of one disk."""
+    for name in _SAME_DISK:
+        if before.get(name) != now.get(name):
+            return name, before.get(name, "none"), now.get(name, "none")
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restart:
+    """How an export begins.
+
+    Attributes:
+        functions, recorder: with everything that earlier processes observed below `start`.
+        encoder: with the state of `start`.
+    """
+
+    start: Start
+    functions: list[FunctionStage[Any]]
+    recorder: MapRecorder
+    encoder: Encoder[Any]
+
+
+async def restart(
+    journal: RunJournal,
+    *,
+    below: int,
+    info: SourceInfo,
+    source: Source,
+    make_functions: Callable[[], list[FunctionStage[Any]]],
+    make_encoder: Callable[[], Encoder[Any]],
+    window: int,
+    workers: int,
+    threads: anyio.CapacityLimiter,
+    emit: Callable[[Event], None],
+) -> Restart:
+    """Find the last point from which all that is missing can be made, and see that the disk is still the same there.
+
+    Args:
+        below: image bytes below this are stored.
+    Raises:
+        PlanError: the disk changed, and what was sent of it can't be sent again.
+        SourceError: the disk can't be read.
+    """
+    full = journal.recheck == "full" or dict(journal.header["source"]) != info.identity
+    points = journal.usable_points(below)
+    functions, recorder = make_functions(), MapRecorder()
+    can_compare = any(isinstance(one, Remembering) for one in functions)
+    compared = 0
+    if points and not can_compare and full:
+        # Without digests the image itself is the proof: all of it is made again, and compared part by part.
+        points = []
+    if can_compare:
+        points = [one for one in points if journal.compared_until(one, info.size) is not None]
+    if points:
+        point = points[0]
+        if can_compare:
+            end = journal.compared_until(point, info.size) or point.guest_offset
+            journal.recall(end, remembering(functions, recorder))
+            check = _Check(source, functions, window, workers, threads)
+            changed = None
+            if not full:
+                seed = f"{journal.id} {journal.attempts}"
+                compared, changed = await check.sample(point.guest_offset, end, seed=seed)
+            if full or changed is not None:  # the lowest change, which a sample does not know
+                compared, found = await check.all(end)
+                changed = found or changed
+            if changed is not None:
+                if not journal.resends:
+                    raise _changed(changed)
+                emit(FallbackTaken(stage="engine", what="what changed is sent again", reason=str(changed)))
+                limit = journal.part_start(_offset_of(changed) + 1)  # the same in disk and image
+                points = [one for one in points if one.position <= min(limit, _offset_of(changed))]
+        else:
+            emit(
+                FallbackTaken(
+                    stage="engine",
+                    what="what was sent is not compared with the disk",
+                    reason="the chain has no checksum.guest",
+                )
+            )
+    encoder = make_encoder()
+    chosen = points[0] if points else None
+    functions, recorder = make_functions(), MapRecorder()
+    if chosen is not None:
+        journal.recall(chosen.guest_offset, remembering(functions, recorder))
+        encoder.restore(chosen.state)
+    journal.header = {**journal.header, "source": dict(info.identity)}
+    journal.go_on_from(chosen)
+    for one in remembering(functions, recorder):
+        one.delta()  # what was recalled is noted already
+    emit(
+        RunResumed(
+            guest_bytes=journal.start.guest_offset,
+            image_bytes=journal.low_water,
+            parts=len(journal.parts),
+            compared_bytes=compared,
+        )
+    )
+    return Restart(start=journal.start, functions=functions, recorder=recorder, encoder=encoder)
+
+
+def remembering(functions: Sequence[FunctionStage[Any]], recorder: MapRecorder) -> list[Remembering]:
+    """Whose observations a journal notes, in the order in which it does."""
+    return [recorder, *(one for one in functions if isinstance(one, Remembering))]
+
+
+class _Check:
+    """Reads what was sent once more and lets the function stages compare it with what they observed then."""
+
+    def __init__(
+        self,
+        source: Source,
+        functions: Sequence[FunctionStage[Any]],
+        window: int,
+        workers: int,
+        threads: anyio.CapacityLimiter,
+    ) -> None:
+        self._source = source
+        self._functions = functions
+        self._window = window
+        self._workers = workers
+        self._threads = threads
+
+    async def sample(self, end: int, dense_end: int, *, seed: str) -> tuple[int, SourceError | None]:
+        """Compare some windows below guest offset `end`, with the first and the last, and all from there up to
+        `dense_end`.
+        """
+        count = -(-end // self._window)
+        some = random.Random(seed).sample(range(count), min(count, SAMPLE_WINDOWS - 2)) if count else []
+        chosen = {*some, *((0, count - 1) if count else ()), *range(count, -(-dense_end // self._window))}
+
+        async def blocks() -> Any:
+            for number in sorted(chosen):
+                async for block in self._source.windows(self._window, number * self._window):
+                    yield block
+                    break
+
+        return await self._compare(blocks())
+
+    async def all(self, end: int) -> tuple[int, SourceError | None]:
+        """Compare everything below guest offset `end`, up to the first difference."""
+
+        async def blocks() -> Any:
+            async for block in self._source.windows(self._window):
+                if block.offset >= end:
+                    return
+                yield block
+
+        return await self._compare(blocks())
+
+    async def _compare(self, blocks: Any) -> tuple[int, SourceError | None]:
+        """(guest bytes read, the first difference)."""
+        pool = Pool(self._window, self._workers)
+        read = 0
+
+        async def work(block: Block) -> tuple[Block, list[Any]]:
+            if not any(run.is_data for run in block.runs):
+                return block, self._notes(block)
+            lease = await pool.lease()
+            load = await make_load(self._source, block)
+
+            def process() -> list[Any]:
+                load(lease.buffer)
+                return self._notes(Block(block.offset, block.length, lease.into_slice(block.length), block.runs))
+
+            return block, await in_thread(self._threads, process)
+
+        async def place(done: tuple[Block, list[Any]]) -> None:
+            nonlocal read
+            block, notes = done
+            if any(run.is_data for run in block.runs):
+                read += block.length
+            for function, note in zip(self._functions, notes, strict=True):
+                try:
+                    function.confirm(note, block.offset)
+                except SourceError as error:
+                    raise _Differs(error) from None
+
+        try:
+            await ordered_map(blocks, work, place, workers=self._workers)
+        except BaseExceptionGroup as group:
+            told = [one for one in _leaves(group) if isinstance(one, _Differs)]
+            if not told:
+                raise first_error(group) from group
+            return read, told[0].error
+        except _Differs as found:
+            return read, found.error
+        finally:
+            pool.close()
+        return read, None
+
+    def _notes(self, block: Block) -> list[Any]:
+        """What every function stage notes of a block, which is released. Threads: any."""
+        notes = []
+        for function in self._functions:
+            block, note = function.apply(block)
+            notes.append(note)
+        block.release()
+        return notes
+
+
+class _Differs(Exception):
+    def __init__(self, error: SourceError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterable[BaseException]:
+    for one in group.exceptions:
+        if isinstance(one, BaseExceptionGroup):
+            yield from _leaves(one)
+        else:
+            yield one
+
+
+def _offset_of(error: SourceError) -> int:
+    offset = error.context.get("offset")
+    return offset if isinstance(offset, int) else 0
+
+
+def _changed(found: SourceError) -> PlanError:
+    return PlanError(
+        "the disk changed since it was sent",
+        operation="resume",
+        hint="An image of two moments would not boot or lose files. Export a snapshot, and start anew: --discard.",
+        offset=found.context.get("offset"),
+        length=found.context.get("length"),
+    )
