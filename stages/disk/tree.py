@@ -1,11 +1,12 @@
 """What a reader of a filesystem offers: names, attributes and bytes of files, without mounting anything.
 
-A `FileTree` is one filesystem and knows no paths: links are data to it, and it never follows one. `View` is what rules and people look
-at: a whole system by absolute paths, several trees mounted into each other, links resolved inside of it and never out of it.
+A `FileTree` is one filesystem and knows no paths: links are data to it, and it never follows one. `View` is what rules
+and people look at: a whole system by absolute paths, several trees mounted into each other, links resolved inside of it
+and never out of it.
 
-What a filesystem says is data: every offset and count is checked before it is used. Damage raises `FormatError`; what is not there
-raises the `OSError` that the kernel would raise (`FileNotFoundError`, `NotADirectoryError`, `PermissionError` ...), so that a live
-system and an image of it answer alike.
+What a filesystem says is data: every offset and count is checked before use. Damage raises `FormatError`; what is
+not there raises the `OSError` that the kernel would raise (`FileNotFoundError`, `NotADirectoryError` ...), so that a
+live system and an image of it answer alike.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Protocol
 
 from pipeline.units import MiB
 
-# A whole file is read only up to here unless the caller asks for more: configuration is small, and a huge "fstab" is an attack.
+# A whole file is read only up to here unless the caller asks for more: configuration is small, a huge one an attack.
 READ_LIMIT = 4 * MiB
 
 
@@ -39,7 +40,7 @@ class Node:
 
     Attributes:
         kind: what it is.
-        number: of the inode within its filesystem; a made-up one that does not change where the filesystem has none (fat).
+        number: of the inode within its filesystem; a made-up one that stays the same where it has none (fat).
         mode: permission bits, 0 to 0o7777. Filesystems without any say 0o755.
         uid, gid: of the owner.
         size: bytes.
