@@ -7,7 +7,15 @@ from urllib.parse import urlsplit
 
 from stages.preflight.profile import BootMode, Profile
 
-_NAMES = {"tencent_boot": {"bios": "Legacy BIOS", "uefi": "UEFI"}}
+# What a provider calls a boot mode.
+_WORDS: dict[str, dict[BootMode, str]] = {
+    "tencent_boot": {"bios": "Legacy BIOS", "uefi": "UEFI"},
+    "aws_boot": {"bios": "legacy-bios", "uefi": "uefi"},
+    "azure_generation": {"bios": "V1", "uefi": "V2"},
+    "gcp_features": {"bios": "VIRTIO_SCSI_MULTIQUEUE", "uefi": "VIRTIO_SCSI_MULTIQUEUE,UEFI_COMPATIBLE"},
+    "openstack_firmware": {"bios": "", "uefi": " --property hw_firmware_type=uefi"},
+    "proxmox_firmware": {"bios": "", "uefi": " --bios ovmf --efidisk0 STORAGE:0"},
+}
 
 
 def import_steps(profile: Profile, url: str, *, boot_mode: BootMode | None = None, format: str = "") -> tuple[str, ...]:
@@ -35,6 +43,7 @@ def import_steps(profile: Profile, url: str, *, boot_mode: BootMode | None = Non
         "os_version": "VERSION",
         "boot_mode": mode,
         "BOOT_MODE": mode.upper(),
-        **{name: words[mode] for name, words in _NAMES.items()},
+        "FORMAT": format.upper(),
+        **{name: words[mode] for name, words in _WORDS.items()},
     }
     return tuple(step.format_map(values) for step in profile.steps)
