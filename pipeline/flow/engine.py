@@ -504,6 +504,7 @@ def _manifest(
         facts=facts,
         options={
             "export": _shown(plan.config.export),
+            **({"target": _shown(plan.config.target)} if plan.config.target.profile else {}),
             **{stage.spec.name: _shown(stage.options) for stage in plan.chain.stages},
         },
         receipt=receipt.proofs if receipt else (),
@@ -516,6 +517,7 @@ def _manifest(
         bottleneck=bottleneck,
         elapsed_s=elapsed_s,
         attempts=plan.journal.attempts if plan.journal else 1,
+        preflight=plan.preflight,
     )
 
 

@@ -16,7 +16,7 @@ from stages.preflight.menus import BootMenus, find_menus
 from stages.preflight.packages import Packages, find_packages
 from stages.preflight.profile import BootMode
 from stages.preflight.system import Distribution, find_distribution
-from stages.preflight.texts import Text, is_folder, read_text
+from stages.preflight.texts import Text, find_ignoring_case, is_folder, read_text
 from stages.preflight.volumes import Meaning, Volume, Volumes
 
 ESP = ("c12a7328-f81f-11d2-ba4b-00a0c93ec93b", "0xef")
@@ -286,7 +286,8 @@ async def _esp_folder(view: View, fstab: Fstab) -> str | None:
     """Where the EFI system partition is mounted."""
     points = [entry.point for entry in fstab.entries if entry.kind == "vfat"]
     for folder in (*points, *ESP_FOLDERS):
-        if await is_folder(view, f"{folder}/EFI"):
+        found = await find_ignoring_case(view, f"{folder}/EFI")
+        if found is not None and await is_folder(view, found):
             return folder
     return None
 

@@ -18,6 +18,8 @@ from stages.disk.signatures import Signature, identify
 from stages.disk.tables import PartitionTable
 from stages.disk.usage import Refusal, UsedMap
 
+# Names that the kernel counts: what they mean depends on what else is there.
+_COUNTED = re.compile(r"/dev/(dm-\d+|loop\d+(p\d+)?|ram\d+|nbd\d+(p\d+)?|drbd\d+)")
 # Names that the kernel gives to disks by their bus. They change when the disk moves to another bus.
 _DISK_NAME = re.compile(r"/dev/((?:sd|hd|vd|xvd)[a-z]+|nvme\d+n\d+|mmcblk\d+)(?:p?(\d+))?")
 _FIRST = frozenset({"sda", "hda", "vda", "xvda", "nvme0n1", "mmcblk0"})
@@ -113,7 +115,9 @@ class Volumes:
                 return naming, self._by(field, _unescaped(spec[len(folder) :]))
         if match := _DISK_NAME.fullmatch(spec):
             return "device", self._of_disk(match[1], int(match[2]) if match[2] else None)
-        naming = "mapper" if spec.startswith("/dev/") and not spec.startswith(_BY_HARDWARE) else "path"
+        if _COUNTED.fullmatch(spec):
+            return "device", next((one for one in self._volumes if spec in one.names), None)
+        naming: Naming = "mapper" if spec.startswith("/dev/") and not spec.startswith(_BY_HARDWARE) else "path"
         if not spec.startswith("/dev/"):
             naming = "other"
         return naming, next((one for one in self._volumes if spec in one.names), None)

@@ -6,6 +6,7 @@ the same rules. The others (RHEL family, SUSE, Alpine, Arch) exist by hand only;
 
 from __future__ import annotations
 
+import sqlite3
 import struct
 from collections.abc import Sequence
 
@@ -174,6 +175,18 @@ def debian_files() -> dict[str, Content]:
     }
 
 
+def rpm_database(*packages: str) -> bytes:
+    """rpm's SQLite database with the tables that it has, written by SQLite. Source: rpm lib/backend/sqlite.cc."""
+    database = sqlite3.connect(":memory:")
+    database.execute("CREATE TABLE 'Packages' (hnum INTEGER PRIMARY KEY AUTOINCREMENT, blob BLOB NOT NULL)")
+    database.execute("CREATE TABLE 'Name' (key 'TEXT' NOT NULL, hnum INTEGER NOT NULL, idx INTEGER NOT NULL)")
+    for number, name in enumerate(packages, 1):
+        database.execute("INSERT INTO Packages VALUES (?, ?)", (number, bytes(3000)))
+        database.execute("INSERT INTO Name VALUES (?, ?, 0)", (name, number))
+    database.commit()
+    return database.serialize()
+
+
 RHEL_KERNEL = "5.14.0-362.el9.x86_64"
 
 
@@ -195,6 +208,7 @@ def rhel_files() -> dict[str, Content]:
         "/etc/os-release": 'NAME="Rocky Linux"\nID="rocky"\nID_LIKE="rhel centos fedora"\nVERSION_ID="9.3"\n'
         'PRETTY_NAME="Rocky Linux 9.3 (Blue Onyx)"\n',
         "/usr/bin/dracut": with_mode("#!/bin/bash\n", 0o755),
+        "/var/lib/rpm/rpmdb.sqlite": rpm_database("bash", "cloud-init", "dracut"),
         "/etc/fstab": f"/dev/mapper/rl-root / xfs defaults 0 0\nUUID={BOOT_UUID} /boot xfs defaults 0 0\n",
         "/boot/grub2/grub.cfg": with_mode('set default="${saved_entry}"\ninsmod blscfg\nblscfg\n', 0o600),
         "/boot/grub2/grubenv": f"# GRUB Environment Block\nsaved_entry=abc-{version}\n"
@@ -221,6 +235,7 @@ def suse_files() -> dict[str, Content]:
         "/etc/os-release": 'NAME="SLES"\nID="sles"\nID_LIKE="suse"\nVERSION_ID="15.5"\n'
         'PRETTY_NAME="SUSE Linux Enterprise Server 15 SP5"\n',
         "/usr/bin/dracut": with_mode("#!/bin/bash\n", 0o755),
+        "/usr/lib/sysimage/rpm/rpmdb.sqlite": rpm_database("bash", "cloud-init", "wicked"),
         "/etc/fstab": f"UUID={ROOT_UUID} / btrfs defaults 0 0\nUUID={ROOT_UUID} /home btrfs subvol=/@/home 0 0\n",
         "/boot/grub2/grub.cfg": with_mode(grub_cfg(version).replace("/boot/initrd.img-", "/boot/initrd-"), 0o600),
         f"/boot/vmlinuz-{version}": kernel_image(version),

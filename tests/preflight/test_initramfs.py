@@ -90,7 +90,7 @@ def test_reading_stops_when_everything_was_seen() -> None:
         (b"\x89LZO\0\r\n\x1a\n" + bytes(50), "lzo"),
         (b"what is this?", "not known here"),
         (gzip.compress(cpio(["a"]))[:-20], "middle of a compressed"),
-        (gzip.compress(cpio(["a"]))[:20] + b"\xff" * 40, "damaged"),
+        (gzip.compress(cpio(["a"]))[:20] + b"\x07" * 40, "damaged"),
         (lzma.compress(cpio(["a"]))[:40], "middle of a compressed"),
         (zstandard.compress(cpio(["a" * 2000]))[:-3], "middle of a compressed"),
         (b"\x02\x21\x4c\x18\x10\0\0\0" + b"\xff" * 16, "damaged"),

@@ -208,7 +208,7 @@ CASES = [
         files={f"/boot/initrd.img-{DEBIAN_KERNEL}": None},
         remedy="update-initramfs",
     ),
-    passes("boot.root_uuid", "named by UUID or label"),
+    passes("boot.root_uuid", "names the root filesystem"),
     fails(
         "boot.root_uuid",
         "block",
@@ -220,7 +220,7 @@ CASES = [
     fails("boot.root_uuid", "warn", "root=/dev/sda1", f"{CFG}:4", files=menu(root="/dev/sda1"), profile="azure"),
     fails("boot.root_uuid", "warn", "root=/dev/vda1", files=menu(root="/dev/vda1")),
     fails("boot.root_uuid", "block", "by-id", files=menu(root="/dev/disk/by-id/ata-DISK-part1")),
-    passes("boot.root_uuid", "named by UUID or label", files=menu(root="LABEL=root")),
+    passes("boot.root_uuid", "names the root filesystem", files=menu(root="LABEL=root")),
     fails(
         "boot.root_uuid",
         "warn",
@@ -235,6 +235,7 @@ CASES = [
         "/etc/default/grub:1",
         files={"/etc/default/grub": 'GRUB_CMDLINE_LINUX="quiet root=/dev/sda1"\n'},
     ),
+    fails("boot.root_uuid", "block", "root=/dev/loop0p1", f"{CFG}:4", files=menu(root="/dev/loop0p1")),
     fails("boot.root_uuid", "warn", "no boot entry says root=", files={CFG: grub_cfg().replace("root=", "boot=")}),
     passes("boot.root_exists", "is /dev/sda1 (ext4)", f"{CFG}:4"),
     fails(
@@ -385,7 +386,7 @@ CASES = [
         disk={"volumes": [volume(1), volume(2, "ext4", BOOT_UUID)]},
     ),
     unknown("fs.fstab.foreign", "larger than", "/etc/fstab", files={"/etc/fstab": Made(size=GiB)}),
-    unknown("fs.fstab.foreign", "could not be looked up", disk=UNREADABLE),
+    unknown("fs.fstab.foreign", "could not be looked up", disk={**UNREADABLE, "volumes": []}),
     passes("fs.fstab.devname", "no filesystem is named by its device"),
     fails(
         "fs.fstab.devname",
