@@ -28,7 +28,7 @@ async def check_closure(subject: Subject, target: Target) -> AsyncIterator[Outco
                 "block" if needed else "info",
                 f"{mount.point} lives on {', '.join(others)}; an import takes one disk",
                 Evidence("/proc/self/mountinfo"),
-                remedy=f'Move it to {subject.place}, or export {others[0]} as a data disk (kind = "data"), marked nofail.',
+                remedy=f'Move it to this disk, or export {others[0]} as a data disk (kind = "data"), marked nofail.',
             )
     for entry in rooted(subject.fstab.entries):
         if (
