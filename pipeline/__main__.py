@@ -21,6 +21,8 @@ VERBS = {
     "inspect": ("pipeline.commands.inspect", "Look at an image of any format: info, check and map, by ranges."),
     "preflight": ("pipeline.commands.preflight", "Say before the upload whether a disk will boot over there."),
     "profiles": ("pipeline.commands.profiles", "List the targets: what each takes, and how it imports an image."),
+    "ls": ("pipeline.commands.ls", "List files on a disk in an image, wherever it is stored."),
+    "cat": ("pipeline.commands.cat", "Write one file of a disk in an image to stdout."),
     "init": ("pipeline.commands.init", "Write an export file for this machine."),
     "report": ("pipeline.commands.report", "Draw the page of a run from its manifest."),
     "stages": ("pipeline.commands.stages", "List the stages that can stand in a chain, with their options."),
