@@ -134,6 +134,7 @@ class Subject:
         size: of the disk in bytes; 0 where it could not be opened.
         table: None where the disk could not be opened; then `table_problem` says why.
         root: the filesystem that / is; None where it could not be told.
+        no_system: why no system was found on the disk; empty where one was.
         live: None for an image.
     """
 
@@ -152,6 +153,7 @@ class Subject:
     blacklist: Blacklist
     root: Volume | None
     esp_folder: str | None
+    no_system: str = ""
     live: LiveFacts | None = None
 
     @property
@@ -239,6 +241,7 @@ async def gather(
     table: PartitionTable | None,
     volumes: Volumes,
     table_problem: str = "",
+    no_system: str = "",
     live: LiveFacts | None = None,
 ) -> Subject:
     """Look at a system once, for all rules.
@@ -267,6 +270,7 @@ async def gather(
         blacklist=await find_blacklist(view),
         root=root,
         esp_folder=await _esp_folder(view, fstab),
+        no_system=no_system,
         live=live,
     )
 
