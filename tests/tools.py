@@ -36,6 +36,10 @@ PROGRAMS: Final[Mapping[str, str]] = {
     "partclone.extfs": "partclone",
     "sgdisk": "gdisk",
     "lvm": "lvm2",
+    "cpio": "cpio",
+    "xz": "xz-utils",
+    "bzip2": "bzip2",
+    "debootstrap": "debootstrap",
 }
 
 

@@ -13,6 +13,8 @@ _NEEDED = ("/", "/boot", "/boot/efi", "/efi", "/home", "/usr", "/var", "/opt", "
 
 async def check_system(subject: Subject, target: Target) -> AsyncIterator[Outcome]:
     """Whether there is a system on the disk at all."""
+    for problem in subject.problems:
+        yield unknown(f"a part of the system could not be read: {problem}", remedy="Run it as root.")
     if not subject.no_system:
         yield passed(f"the system is {subject.distribution.title or 'of a kind that does not name itself'}")
         return

@@ -20,6 +20,7 @@ from tests.preflight.disks import ROOT_UUID
 
 CACHE = Path(__file__).parents[2] / ".cache" / "preflight"
 DISK = CACHE / "debian12.raw"
+DRACUT = "boot/by-dracut.img"
 _SIZE = 2 << 30
 _BASE = "systemd-sysv,initramfs-tools,kmod,udev,zstd,sudo,e2fsprogs"
 _PACKAGES = ("linux-image-cloud-amd64", "cloud-init", "cloud-guest-utils", "grub-pc", "netplan.io", "openssh-server")
@@ -56,10 +57,13 @@ def make(disk: Path = DISK) -> Path:
         file.truncate(_SIZE)
     write_mbr(work, _SIZE)
     try:
-        with _loop(work, PARTITION_START) as part, ExitStack() as stack:
+        with _loop(work, 0, "--partscan") as whole, ExitStack() as stack:
+            part = f"{whole}p1"
+            if not Path(part).exists():  # the loop driver was loaded without room for partitions
+                _run("partx", "--add", whole)
             _run("mke2fs", "-q", "-t", "ext4", "-U", ROOT_UUID, part)
             root = stack.enter_context(_mounted(part, disk.with_suffix(".root")))
-            _fill(root, part, work, stack)
+            _fill(root, part, whole, stack)
     except BaseException:
         work.unlink()
         raise
@@ -67,7 +71,7 @@ def make(disk: Path = DISK) -> Path:
     return disk
 
 
-def _fill(root: Path, part: str, disk: Path, stack: ExitStack) -> None:
+def _fill(root: Path, part: str, whole: str, stack: ExitStack) -> None:
     _run("debootstrap", "--variant=minbase", f"--include={_BASE}", "bookworm", root, mirror())
     shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
     (root / "etc/fstab").write_text(f"# <file system> <mount point>\nUUID={ROOT_UUID} / ext4 errors=remount-ro 0 1\n")
@@ -84,32 +88,37 @@ def _fill(root: Path, part: str, disk: Path, stack: ExitStack) -> None:
         ("apt-get", "install", "-y", "-q", "--no-install-recommends", *_PACKAGES),
     ):
         _run("chroot", root, *words, env=environment)
-    with _loop(disk, 0) as whole:
-        for device in (part, whole):
-            _run("cp", "-a", device, root / "dev")
-        (root / "dev/disk/by-uuid").mkdir(parents=True)
-        (root / "dev/disk/by-uuid" / ROOT_UUID).symlink_to(part)
-        core = root / "boot/grub/i386-pc"
-        _run("cp", "-a", root / "usr/lib/grub/i386-pc", core)
-        _install_loader(root, whole)
+    for device in (part, whole):
+        _run("cp", "-a", device, root / "dev")
+    (root / "dev/disk/by-uuid").mkdir(parents=True)
+    (root / "dev/disk/by-uuid" / ROOT_UUID).symlink_to(part)
+    _run("chroot", root, "grub-install", "--target=i386-pc", whole, env=environment)
     _run("chroot", root, "update-grub", env=environment)
+    _make_with_dracut(root, environment)
     for path in (root / "etc/machine-id", root / "etc/resolv.conf"):
         path.write_text("")
     _run("chroot", root, "apt-get", "clean", env=environment)
 
 
-def _install_loader(root: Path, whole: str) -> None:
-    """boot.img and core.img, put as grub-bios-setup does: that wants to see partitions, which not every loop shows."""
-    folder = root / "boot/grub/i386-pc"
-    (folder / "load.cfg").write_text(f"search.fs_uuid {ROOT_UUID} root\nset prefix=($root)/boot/grub\n")
-    _run("chroot", root, "grub-mkimage", "-O", "i386-pc", "-c", "/boot/grub/i386-pc/load.cfg", "-p", "/boot/grub", "-o",
-         "/boot/grub/i386-pc/core.img", "biosdisk", "part_msdos", "ext2", "search_fs_uuid")  # fmt: skip
-    boot, core = (folder / "boot.img").read_bytes(), (folder / "core.img").read_bytes()
-    with open(whole, "r+b") as disk:
-        table = disk.read(512)[440:]
-        disk.seek(0)
-        disk.write(boot[:440] + table)
-        disk.write(core)
+def _make_with_dracut(root: Path, environment: dict[str, str]) -> None:
+    """A second initramfs by dracut, for the reader; dracut itself does not stay."""
+    version = next((root / "lib/modules").iterdir()).name
+    install = ("apt-get", "install", "-y", "-q", "--no-install-recommends", "dracut-core")
+    _run("chroot", root, *install, env=environment)
+    modules = "virtio_blk virtio_pci ext4"
+    _run(
+        "chroot",
+        root,
+        "dracut",
+        "-f",
+        "--no-hostonly",
+        "--add-drivers",
+        modules,
+        f"/{DRACUT}",
+        version,
+        env=environment,
+    )
+    _run("chroot", root, "apt-get", "purge", "-y", "-q", "--autoremove", "dracut-core", env=environment)
 
 
 @contextmanager
