@@ -17,7 +17,7 @@ from itertools import pairwise
 
 from pipeline.errors import FormatError
 from pipeline.flow.items import RangeReader
-from pipeline.units import KiB, MiB
+from pipeline.units import KiB
 from stages.disk.ext import (
     ERROR,
     INCOMPAT_JOURNAL_DEV,
@@ -32,7 +32,7 @@ from stages.disk.ext import (
     raw_crc32c,
     read_descs,
 )
-from stages.disk.files.folders import Folders, Recent
+from stages.disk.files.folders import FOLDER_MAX, INODES_KEPT, MAPS_KEPT, Folders, Recent, kind_of_type
 from stages.disk.files.placed import Placed, read_placed
 from stages.disk.live import kind_of_mode
 from stages.disk.paths import PATH_MAX, failure
@@ -58,23 +58,8 @@ _XATTR_SYSTEM = 7
 _TAIL = struct.Struct("<IHBBI")
 _TAIL_MARK = 0xDE
 
-# A folder of a million names takes some 40 MiB; more is taken for an attack.
-_FOLDER_MAX = 128 * MiB
-_INODES_KEPT = 4096
-_BLOCKS_KEPT = 256
 # Groups whose descriptors are looked at together for the free space.
 _GROUPS_AT_ONCE = 4096
-
-_KINDS = (
-    Kind.UNKNOWN,
-    Kind.FILE,
-    Kind.DIRECTORY,
-    Kind.CHARACTER,
-    Kind.BLOCK,
-    Kind.FIFO,
-    Kind.SOCKET,
-    Kind.LINK,
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,9 +94,9 @@ class ExtTree:
         self._found = found
         self._signature = signature
         self._inodes, self._overhead = struct.unpack_from("<I", data, 0)[0], struct.unpack_from("<I", data, 0x248)[0]
-        self._tables: Recent[int, int] = Recent(_INODES_KEPT)
-        self._known: Recent[int, _Inode] = Recent(_INODES_KEPT)
-        self._blocks: Recent[int, bytes] = Recent(_BLOCKS_KEPT)
+        self._tables: Recent[int, int] = Recent(INODES_KEPT)
+        self._known: Recent[int, _Inode] = Recent(INODES_KEPT)
+        self._blocks: Recent[int, bytes] = Recent(MAPS_KEPT)
         self._folders = Folders(self._load, self._kind_of, _folded if found.incompat & _INCOMPAT_CASEFOLD else None)
 
     @property
@@ -406,7 +391,7 @@ class ExtTree:
             self._add_names(found, found.inline, made)
             return made
         size = found.node.size
-        if size > _FOLDER_MAX:
+        if size > FOLDER_MAX:
             raise FormatError("a folder is larger than any real one", inode=number, size=size)
         for offset in range(0, size, READ_MAX):
             data = memoryview(await self._data(found, offset, min(READ_MAX, size - offset)))
@@ -441,7 +426,7 @@ class ExtTree:
             if number and name_length:
                 name = bytes(data[at + 8 : at + 8 + name_length]).decode("utf-8", "surrogateescape")
                 if name not in (".", ".."):
-                    made.append(Entry(name, number, _KINDS[kind] if kind < len(_KINDS) else Kind.UNKNOWN))
+                    made.append(Entry(name, number, kind_of_type(kind)))
             at += length
 
 

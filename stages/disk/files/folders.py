@@ -9,16 +9,40 @@ from dataclasses import replace
 from typing import Generic, TypeVar
 
 from pipeline.errors import FormatError
+from pipeline.units import MiB
 from stages.disk.paths import failure
 from stages.disk.tree import Entry, Kind
 
 K = TypeVar("K")
 V = TypeVar("V")
 
+# A folder of a million names takes some 40 MiB; more is taken for an attack.
+FOLDER_MAX = 128 * MiB
+# Inodes, and blocks of maps of files, that a tree keeps.
+INODES_KEPT = 4096
+MAPS_KEPT = 256
+
+# What ext, xfs and btrfs write beside a name.
+_TYPES = (
+    Kind.UNKNOWN,
+    Kind.FILE,
+    Kind.DIRECTORY,
+    Kind.CHARACTER,
+    Kind.BLOCK,
+    Kind.FIFO,
+    Kind.SOCKET,
+    Kind.LINK,
+)
+
 # Names kept over all folders of a tree; each costs some 200 bytes.
 _NAMES_KEPT = 1 << 16
 # A filesystem that does not say in a folder what a name is has its inodes asked, up to so many of a folder.
 _KINDS_ASKED = 1 << 14
+
+
+def kind_of_type(number: int) -> Kind:
+    """What the type beside a name means."""
+    return _TYPES[number] if number < len(_TYPES) else Kind.UNKNOWN
 
 
 class Recent(Generic[K, V]):

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from pipeline.errors import FormatError
 from pipeline.flow.items import RangeReader
 from stages.disk.files.ext import open_ext
+from stages.disk.files.xfs import open_xfs
 from stages.disk.signatures import Signature, identify
 from stages.disk.tree import FileTree
 
@@ -14,6 +15,7 @@ _OPENERS: dict[str, Callable[[RangeReader, Signature], Awaitable[FileTree]]] = {
     "ext2": open_ext,
     "ext3": open_ext,
     "ext4": open_ext,
+    "xfs": open_xfs,
 }
 
 KINDS = tuple(_OPENERS)
