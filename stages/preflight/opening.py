@@ -71,9 +71,12 @@ async def _live(root: Path, wanted: Wanted, stack: AsyncExitStack) -> Subject:
     name, place, problem = "", wanted.place, ""
     if not place:
         system = machine.system_disk()
+        problem = system.reason
         if system.disks:
             name, place = system.disks[0].name, system.disks[0].path
-        problem = system.reason
+            if root != Path("/"):
+                # Its /sys names a disk of another machine, or of this one by another name: never opened unasked.
+                place, problem = "", "no disk was named beside --root"
     elif is_block_device(place):
         name = Path(os.path.realpath(place)).name
     reader: RangeReader | None = None
