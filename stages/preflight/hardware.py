@@ -31,6 +31,7 @@ _DEVICE_FOLDERS = (
     ("/etc/systemd/system", (".service", ".mount", ".swap", ".timer", ".automount")),
 )
 _HITS_MAX = 20
+_ANY = "another card"
 
 
 async def check_video(subject: Subject, target: Target) -> AsyncIterator[Outcome]:
@@ -119,7 +120,7 @@ async def check_names(subject: Subject, target: Target) -> AsyncIterator[Outcome
 async def check_nic(subject: Subject, target: Target) -> AsyncIterator[Outcome]:
     """Whether the network comes up on one card with another name and address."""
     view = subject.view
-    nic = target.profile.hardware.nic or "another card"
+    nic = target.profile.hardware.nic or _ANY
     family = subject.distribution.family
     anywhere = _any_card(family)
     bound: list[Outcome] = []
@@ -151,7 +152,12 @@ async def check_nic(subject: Subject, target: Target) -> AsyncIterator[Outcome]:
         if mac:
             tied += 1
             bound.append(
-                failed("warn", "the network is set up for one card by its address", text.at(mac), command=anywhere)
+                failed(
+                    "warn",
+                    "the network is set up for one card by its address",
+                    text.at(mac),
+                    command=f"mv {plain(text.path)} {plain(text.path)}.before && {anywhere}",
+                )
             )
         elif named and "match:" not in "".join(text.lines):
             tied += 1
@@ -160,7 +166,7 @@ async def check_nic(subject: Subject, target: Target) -> AsyncIterator[Outcome]:
                     "warn",
                     f"the network is set up for a card of another name; it becomes {nic} there",
                     text.at(named),
-                    command=anywhere,
+                    command=f"mv {plain(text.path)} {plain(text.path)}.before && {anywhere}",
                 )
             )
         elif text.lines:
@@ -183,7 +189,10 @@ async def check_nic(subject: Subject, target: Target) -> AsyncIterator[Outcome]:
                             "warn",
                             f"the network is set up for {match[1]}; the card is {nic} there",
                             text.at(number),
-                            command=anywhere,
+                            command=rf"sed -i 's/\b{plain(match[1])}\b/{nic}/g' {plain(text.path)}"
+                            if nic != _ANY
+                            else "",
+                            remedy="Name the card as it is called there.",
                         )
                     )
             elif re.match(r"iface\s+\S+\s+inet6?\s+static", line):
@@ -318,8 +327,8 @@ def _ifcfg(text: Text, card: str, nic: str, bound: list[Outcome], tied: int, fre
                     "warn",
                     f"the network is set up for {value}; the card is {nic} there",
                     text.at(number),
-                    command=f"sed -i 's/^DEVICE=.*/DEVICE={nic}/' {plain(text.path)} && "
-                    f"mv {plain(text.path)} {plain(text.path.rpartition('/')[0])}/ifcfg-{nic}",
+                    command=f"sed -i 's/^DEVICE=.*/DEVICE={plain(nic)}/' {plain(text.path)} && "
+                    f"mv {plain(text.path)} {plain(text.path.rpartition('/')[0])}/ifcfg-{plain(nic)}",
                 )
             )
     if not by_card and text.lines and card != nic and not any(line.startswith("DEVICE=") for line in text.lines):
@@ -329,7 +338,7 @@ def _ifcfg(text: Text, card: str, nic: str, bound: list[Outcome], tied: int, fre
                 "warn",
                 f"the network is set up for {card}; the card is {nic} there",
                 text.at(1),
-                command=f"mv {plain(text.path)} {plain(text.path.rpartition('/')[0])}/ifcfg-{nic}",
+                command=f"mv {plain(text.path)} {plain(text.path.rpartition('/')[0])}/ifcfg-{plain(nic)}",
             )
         )
     return (tied + 1, free) if by_card else (tied, free + bool(text.lines))

@@ -68,6 +68,28 @@ async def check_size(subject: Subject, target: Target) -> AsyncIterator[Outcome]
         )
 
 
+async def check_room(subject: Subject, target: Target) -> AsyncIterator[Outcome]:
+    """Whether the image fits where it goes."""
+    if target.room is None:
+        yield skipped("the image goes to no folder of this machine")
+        return
+    most = target.file_size if target.file_size is not None else target.file_size_max
+    if most is None or most <= target.room:
+        yield passed(f"{format_size(target.room)} are free where the image goes")
+    elif target.file_size is not None:
+        yield failed(
+            "block",
+            f"the image will have {format_exact(most)}, and {format_size(target.room)} are free where it goes",
+            remedy="Write it to another disk or into a store, or choose a format that leaves free space out.",
+        )
+    else:
+        yield failed(
+            "warn",
+            f"the image may have up to {format_exact(most)}, and {format_size(target.room)} are free where it goes",
+            remedy="Look at what `pipeline disk` says is in use, or write it to another disk or into a store.",
+        )
+
+
 async def check_name(subject: Subject, target: Target) -> AsyncIterator[Outcome]:
     """Whether the image may be called that."""
     if not target.name:
@@ -118,6 +140,14 @@ RULES = (
         why="Importers refuse what is larger than their limit, after the upload. Where a vendor's G may be 10^9 or "
         "2^30, the smaller one warns and the larger one blocks.",
         check=check_size,
+        for_data=True,
+        needs="disk",
+    ),
+    Rule(
+        id="out.space",
+        title="the image fits where it goes",
+        why="An export to a folder that is too small fails at its end.",
+        check=check_room,
         for_data=True,
         needs="disk",
     ),

@@ -29,6 +29,7 @@ class Target:
         virtual_size: of the disk in the image; None: that of the whole disk.
         file_size, file_size_max: of the image, as far as it is known, and at most.
         name: of the object.
+        room: free bytes where the image goes; None where that is not a folder of this machine.
         kept: numbers of the partitions that are exported; None: all.
         consistency: how a mounted disk is kept still: freeze, snapshot, live, offline; empty where it is not said.
     """
@@ -41,6 +42,7 @@ class Target:
     file_size: int | None = None
     file_size_max: int | None = None
     name: str = ""
+    room: int | None = None
     kept: frozenset[int] | None = None
     consistency: str = ""
 

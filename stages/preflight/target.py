@@ -6,6 +6,7 @@ moves.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -208,6 +209,7 @@ async def gate(profile: Profile, plan: RunPlan, events: EventStream) -> tuple[Fi
             file_size=plan.layout.image_bytes,
             file_size_max=plan.layout.image_bytes_max,
             name=object_name(plan),
+            room=_room(plan),
             kept=_kept(plan),
             consistency=str(getattr(plan.chain.source.options, "consistency", "") or ""),
         )
@@ -248,6 +250,21 @@ async def gate(profile: Profile, plan: RunPlan, events: EventStream) -> tuple[Fi
 
 def _listed(ids: list[str]) -> str:
     return "[" + ", ".join(f'"{one}"' for one in ids) + "]"
+
+
+def _room(plan: RunPlan) -> int | None:
+    """Free bytes in the folder that a file is written to."""
+    from stages.decode.named import is_block_device
+
+    path = getattr(plan.chain.writer.options, "path", None)
+    if not isinstance(path, Path) or is_block_device(str(path)):
+        return None
+    try:
+        found = os.statvfs(path.parent)
+    except OSError:
+        return None
+    # A file that is sparse there takes what it holds; what free blocks root alone may use does not count.
+    return found.f_bavail * found.f_frsize
 
 
 def _kept(plan: RunPlan) -> frozenset[int] | None:

@@ -55,3 +55,19 @@ def write_disk(tree: Path, disk: Path, *, size: int = 64 * MiB) -> Path:
     run("dd", f"if={part}", f"of={disk}", "bs=1M", f"seek={PARTITION_START // MiB}", "conv=notrunc,sparse")
     part.unlink()
     return disk
+
+
+def write_efi_disk(tree: Path, disk: Path, *, esp: str, size: int = 96 * MiB) -> Path:
+    """A raw disk with a GPT, an EFI system partition (what lies below `esp` of the tree) and an ext4 with the rest."""
+    need("mke2fs", "dd", "sgdisk", "mkfs.fat", "mcopy")
+    blank(disk, size)
+    run("sgdisk", "-n", "1:2048:+32M", "-t", "1:ef00", "-n", "2:0:0", "-t", "2:8300", disk)
+    first, second = blank(disk.with_suffix(".esp"), 32 * MiB), blank(disk.with_suffix(".part"), size - 34 * MiB)
+    run("mkfs.fat", "-i", "ABCD1234", first)
+    for entry in sorted((tree / esp.lstrip("/")).iterdir()):
+        run("mcopy", "-s", "-i", first, entry, "::")
+    run("mke2fs", "-q", "-t", "ext4", "-U", ROOT_UUID, "-d", tree, second)
+    for part, at in ((first, 1), (second, 33)):
+        run("dd", f"if={part}", f"of={disk}", "bs=1M", f"seek={at}", "conv=notrunc,sparse")
+        part.unlink()
+    return disk

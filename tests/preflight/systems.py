@@ -197,7 +197,7 @@ def rhel_files() -> dict[str, Content]:
     version = RHEL_KERNEL
     return {
         **KEY_FILES,
-        **CLOUD_INIT,
+        **{path: value for path, value in CLOUD_INIT.items() if not path.startswith("/lib/")},
         **kernel_files(version, suffix=".xz", base="/usr/lib/modules"),
         "/lib": link("usr/lib"),
         **{

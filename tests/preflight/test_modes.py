@@ -20,7 +20,7 @@ from stages.preflight.rules import judge
 from tests.disk.making import need, needs_root, run
 from tests.preflight import systems
 from tests.preflight.disks import findings_of, subject_of, target_of
-from tests.preflight.images import write_disk, write_tree
+from tests.preflight.images import write_disk, write_efi_disk, write_tree
 from tests.preflight.systems import grub_cfg
 from tests.preflight.trees import Content, Made, MadeView, changed, link
 
@@ -44,9 +44,9 @@ def call(*words: object) -> tuple[int, str, str]:
     return done.exit_code, done.stdout, done.stderr
 
 
-async def look(wanted: Wanted) -> tuple[Finding, ...]:
+async def look(wanted: Wanted, profile: str = "tencent") -> tuple[Finding, ...]:
     async with open_subject(wanted) as subject:
-        return await judge(subject, target_of(subject))
+        return await judge(subject, target_of(subject, profile))
 
 
 def told(findings: tuple[Finding, ...]) -> list[tuple[str, str, str, str, tuple[str, ...]]]:
@@ -78,6 +78,21 @@ async def test_a_live_tree_and_an_image_of_it_give_the_same_findings(
     assert bool(blocked) == bool(changes)
     if changes:
         assert {"fs.fstab.foreign", "boot.root_uuid", "drv.virtio.blacklist", "agent.cloudinit.enabled"} <= blocked
+
+
+@needs_root
+async def test_a_system_with_a_unified_kernel_on_its_efi_partition_is_the_same_in_both_modes(tmp_path: Path) -> None:
+    """GPT, FAT and ext4 in one disk: the root's own /efi is empty in the image, what is seen is the mounted FAT."""
+    tree = write_tree(systems.arch_files(), tmp_path / "tree")
+    disk = write_efi_disk(tree, tmp_path / "disk.raw", esp="/efi")
+    live = await look(Wanted(place=str(disk), root=tree), "generic")
+    image = await look(Wanted(place=str(disk)), "generic")
+    assert told(live) == told(image)
+    by_id = {one.id: one for one in image}
+    assert by_id["boot.firmware"].message == "it starts by UEFI, as generic does"
+    assert by_id["boot.efi.fallback"].status == "pass"
+    assert by_id["drv.virtio.initramfs"].status == "pass"
+    assert str(by_id["drv.virtio.initramfs"].evidence[0]) == "/efi/EFI/Linux/arch-linux.efi"
 
 
 @needs_root
