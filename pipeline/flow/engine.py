@@ -92,7 +92,7 @@ async def run_export(plan: RunPlan, events: EventStream) -> Outcome:
     context = plan.context
     emit = events.emit
     over_time = SeriesRecorder()
-    events.subscribe(over_time)
+    events.subscribe(over_time, with_fallbacks=True)
     emit(
         RunPlanned(
             name=plan.name,
