@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ from tests.chains import export, write_toml
 from tests.disks.letters import write_disk
 from tests.stores.link import Link, Network
 from tests.stores.openssh import OpenSsh, SftpServer
-from tests.stores.process import free_ports, fresh_folder
+from tests.stores.process import free_ports
 from tests.write.images import Collected, Image, QuickClock, make_context, mixed
 
 ENCODERS = ["encode.raw", "encode.qcow2", 'encode.qcow2; compression = "none"']
@@ -512,7 +513,9 @@ def small_server(tmp_path: Path) -> Iterator[OpenSsh]:
     """A server whose clients are locked into a 24 MiB ext4."""
     if os.geteuid() != 0:
         pytest.skip("mounting needs root")
-    image, mount = tmp_path / "small.ext4", fresh_folder("chroot")  # not below /tmp: sshd wants every folder root's
+    # Not below /tmp, where the checkout may be too: sshd wants every folder above to be root's alone.
+    image, mount = tmp_path / "small.ext4", Path(tempfile.mkdtemp(prefix="chroot-", dir="/run"))
+    mount.chmod(0o755)
     with open(image, "wb") as file:
         file.truncate(24 * MiB)
     subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
