@@ -79,7 +79,7 @@ class Console:
         if not self.as_json:
             _print(line, sys.stdout if self._holds_stdout else sys.stderr)
 
-    def tell(self, kind: str, **fields: Any) -> None:
+    def tell(self, kind: str, /, **fields: Any) -> None:
         """An object of the result, for programs. Paths and the like become text."""
         if self.as_json and self._holds_stdout:
             _print(json.dumps({"type": kind, **fields}, default=str), sys.stdout)

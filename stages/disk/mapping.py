@@ -17,7 +17,7 @@ from pipeline.units import MiB
 from stages.disk.filesystems import map_filesystem, map_physical_volumes
 from stages.disk.reading import CachedReader, Window
 from stages.disk.signatures import Signature, identify
-from stages.disk.tables import Partition, PartitionTable, read_table
+from stages.disk.tables import Partition, PartitionTable, overlapping, read_table
 from stages.disk.usage import Numbers, RangeSet, Refusal, UsedMap, invert, still_holds
 
 # Boot loaders live in front of the first partition: GRUB in the first MiB, those of ARM boards up to 16 MiB.
@@ -202,14 +202,14 @@ async def _map_partitions(
 ) -> list[Region]:
     """One region for each partition that holds anything; physical volumes are mapped together."""
     parts = [one for one in table.partitions if not one.is_extended and one.start < size]
-    overlapping = _overlapping(parts)
+    shared = overlapping(parts)
     regions: list[Region] = []
     volumes: list[int] = []
     for one in parts:
         length = min(one.end, size) - one.start
         outcome: UsedMap | Refusal
         # A hostile table can lay thousands of partitions over each other; nobody looks into those.
-        is_alone = one.number not in overlapping
+        is_alone = one.number not in shared
         signature = await identify(reader, one.start, length) if is_alone else Signature(kind="unknown")
         if not is_alone:
             outcome = Refusal(signature.kind, "it overlaps another partition")
@@ -243,18 +243,6 @@ async def _map_partitions(
 
 def _copied(outcome: UsedMap | Refusal, length: int) -> int:
     return outcome.used_bytes if isinstance(outcome, UsedMap) else length
-
-
-def _overlapping(parts: list[Partition]) -> set[int]:
-    """Numbers of the partitions that share bytes with another."""
-    found: set[int] = set()
-    reach: Partition | None = None
-    for one in sorted(parts, key=lambda part: (part.start, part.end)):
-        if reach is not None and one.start < reach.end:
-            found |= {one.number, reach.number}
-        if reach is None or one.end > reach.end:
-            reach = one
-    return found
 
 
 async def _map_gaps(
