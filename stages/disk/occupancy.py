@@ -98,6 +98,17 @@ def devices_over(disk: Path, *, root: Path = Path("/")) -> dict[str, tuple[tuple
     return {number: tuple(places) for number, places in _Look(disk, root).places.found.items()}
 
 
+def sector_size_of(device: Path, *, root: Path = Path("/")) -> int:
+    """Logical sectors of a block device, in bytes; 512 where that is not told."""
+    number = os.stat(device).st_rdev
+    try:
+        node = (root / f"sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve(strict=True)
+    except OSError:
+        return 512
+    whole = node.parent if (node / "partition").exists() else node
+    return _number(whole / "queue/logical_block_size") or 512
+
+
 class _Look:
     def __init__(self, disk: Path, root: Path) -> None:
         self._root = root

@@ -54,6 +54,7 @@ async def select(
     uses: Collection[Use] = (),
     frozen: Collection[str] = (),
     rounding: Rounding | None = None,
+    large_sectors: bool = False,
 ) -> Selection:
     """Look at a disk and decide what is taken of it.
 
@@ -62,6 +63,7 @@ async def select(
         uses: who uses the disk now.
         frozen: devices of those uses whose filesystem holds still.
         rounding: what the target wants of the size of the virtual disk.
+        large_sectors: also a disk that no guest with sectors of 512 bytes could read.
     Raises:
         PlanError: the cut is not possible, or nobody could read the result.
         StoreError, SourceError: the disk can't be read.
@@ -69,7 +71,7 @@ async def select(
     size = reader.size
     cached = CachedReader(reader)
     table = await read_table(cached, size, sector_size=sector_size)
-    if wanted.only_used:
+    if wanted.only_used and not large_sectors:
         _refuse_large_sectors(table)
     cut = None
     if wanted.is_cut or (rounding is not None and rounding.round(size) != size):
@@ -145,8 +147,13 @@ class Selection:
     @property
     def used_bytes(self) -> int:
         """Bytes that are read from the disk."""
-        taken = self._used(0, self.copied)
-        return taken - sum(self._used(offset, offset + length) for offset, length in self.skipped)
+        return self.taken_between(0, self.copied)
+
+    def taken_between(self, start: int, stop: int) -> int:
+        """Bytes of [start, stop) that are read from the disk."""
+        start, stop = min(start, self.copied), min(stop, self.copied)
+        left_out = ((max(start, offset), min(stop, offset + length)) for offset, length in self.skipped)
+        return self._used(start, stop) - sum(self._used(begin, end) for begin, end in left_out if begin < end)
 
     def _used(self, start: int, stop: int) -> int:
         return self.map.used_between(start, stop) if self.map else stop - start
