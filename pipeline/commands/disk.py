@@ -35,7 +35,7 @@ _SHADES_ASCII = " .:+#"
 )
 @click.option("--member", default="", metavar="NAME", help="The disk inside of an OVA that has several.")
 @click.option("--endpoint", default="", metavar="URL", help="Of an S3-compatible store.")
-@click.option("--partitions", default="", metavar="1,2", help="What an export of these partitions would copy.")
+@click.option("--partitions", default="", metavar="1,2|needed", help="What an export of these would copy.")
 @click.option("--through", type=int, metavar="N", help="What an export up to the end of this partition would copy.")
 @click.option("--bytes", "stop", default="", metavar="SIZE", help="What an export of the beginning would copy.")
 @verb
@@ -49,13 +49,14 @@ def command(console: Console, disk: str, partitions: str, through: int | None, s
 
     try:
         wanted = Wanted(
-            partitions=tuple(int(one) for one in partitions.split(",")) if partitions else None,
+            partitions=tuple(int(one) for one in partitions.split(",")) if partitions not in ("", "needed") else None,
+            needed=partitions == "needed",
             through=through,
             stop=parse_size(stop) if stop else None,
         )
     except ValueError as error:
         raise click.UsageError(f"--partitions wants numbers as in 1,2, --bytes a size: {error}") from None
-    if sum(one is not None for one in (wanted.partitions, wanted.through, wanted.stop)) > 1:
+    if sum(one is not None for one in (partitions or None, wanted.through, wanted.stop)) > 1:
         raise click.UsageError("--partitions, --through and --bytes contradict each other: give one of them")
     return run_async(partial(_disk, console, NamedImage(place=disk, **named), wanted))
 
@@ -76,10 +77,12 @@ async def _look(console: Console, named: NamedImage, wanted: Wanted) -> int:
     async with open_files(named) as files:
         image = await files.open_image()
         uses: tuple[Use, ...] = ()
-        if scheme_of(named.place) == "file" and files.format == "raw":
-            uses = uses_of(Path(local_path(named.place)))
         sector_size = sector_size_of(Path(local_path(named.place))) if is_block_device(named.place) else None
-        chosen = await select(image, wanted, sector_size=sector_size, uses=uses, large_sectors=True)
+        is_local = scheme_of(named.place) == "file" and files.format == "raw"
+        path = Path(local_path(named.place)) if is_local else None
+        if path is not None:
+            uses = uses_of(path)
+        chosen = await select(image, wanted, sector_size=sector_size, uses=uses, large_sectors=True, path=path)
     place = without_secrets(named.place)
     console.tell("disk", **_told(place, files.format, chosen, uses))
     for line in _lines(place, files.format, chosen, uses):

@@ -58,8 +58,8 @@ class Use:
 
 
 @dataclass(frozen=True, slots=True)
-class _Mounted:
-    """A line of a mountinfo."""
+class Mounted:
+    """A line of a mountinfo. `writable` is of the filesystem, `is_here` whether this process sees it."""
 
     device: str
     point: str
@@ -96,6 +96,63 @@ def uses_of(disk: Path, *, root: Path = Path("/")) -> tuple[Use, ...]:
 def devices_over(disk: Path, *, root: Path = Path("/")) -> dict[str, tuple[tuple[int, int], ...]]:
     """Every device that shows bytes of the disk, by its "major:minor", with (offset, length) of the disk below it."""
     return {number: tuple(places) for number, places in _Look(disk, root).places.found.items()}
+
+
+def mounts_here(root: Path = Path("/")) -> list[Mounted]:
+    """The mounts that this process sees, in the order they were made."""
+    return list(_parsed(_lines(root / "proc/self/mountinfo"), is_here=True))
+
+
+def devices_below(mount: Mounted, *, root: Path = Path("/")) -> list[str]:
+    """Numbers of all devices that a mounted filesystem lies on, down to partitions and disks."""
+    block = root / "sys/dev/block"
+    waiting = [(number, 0) for number in _devices_of(mount, root)]
+    found: list[str] = []
+    while waiting:
+        number, depth = waiting.pop()
+        try:
+            node = (block / number).resolve(strict=True)
+        except OSError:
+            continue
+        slaves = [_text(one.resolve() / "dev") for one in _entries(node / "slaves")]
+        if slaves and depth < _DEPTH_MAX:
+            waiting += [(slave, depth + 1) for slave in slaves]
+        elif number not in found:
+            found.append(number)
+    return found
+
+
+def _devices_of(mount: Mounted, root: Path) -> list[str]:
+    """Devices that are mounted. btrfs mounts have numbers of their own, and may lie on several devices."""
+    if (root / "sys/dev/block" / mount.device).exists():
+        return [mount.device]
+    name = Path(os.path.realpath(mount.source)).name
+    for members in root.glob("sys/fs/btrfs/*/devices"):
+        numbers = {member.name: _text(member / "dev") for member in _entries(members)}
+        if name in numbers:
+            return [numbers[one] for one in sorted(numbers)]
+    try:
+        status = os.stat(mount.source)
+    except OSError:
+        return [mount.device]
+    is_device = stat.S_ISBLK(status.st_mode)
+    return [f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}" if is_device else mount.device]
+
+
+def _parsed(lines: list[str], *, is_here: bool) -> Iterator[Mounted]:
+    for line in lines:
+        left, _, right = line.partition(" - ")
+        fields, behind = left.split(), right.split(" ")
+        if len(fields) >= 6 and len(behind) >= 3:
+            yield Mounted(
+                device=fields[2],
+                point=_unescaped(fields[4]),
+                kind=behind[0],
+                source=_unescaped(behind[1]),
+                # Of the filesystem, not of this mount of it: it is written as soon as one mount may.
+                writable="ro" not in behind[2].split(","),
+                is_here=is_here,
+            )
 
 
 def sector_size_of(device: Path, *, root: Path = Path("/")) -> int:
@@ -171,7 +228,8 @@ class _Look:
 
     def _mount_uses(self) -> Iterator[Use]:
         for mount in self._mounts():
-            for number in self._numbers(mount):
+            numbers = _devices_of(mount, self._root)
+            for number in numbers:
                 for offset, length in self.places.found.get(number, ()):
                     yield Use(
                         offset=offset,
@@ -180,27 +238,11 @@ class _Look:
                         point=mount.point,
                         filesystem=mount.kind,
                         writable=mount.writable,
-                        device=self._numbers(mount)[0],
+                        device=numbers[0],
                         is_reachable=mount.is_here,
                     )
 
-    def _numbers(self, mount: _Mounted) -> list[str]:
-        """Devices below a mount. btrfs mounts have numbers of their own, and may lie on several devices."""
-        if self._node(mount.device) is not None:
-            return [mount.device]
-        name = Path(os.path.realpath(mount.source)).name
-        for members in self._root.glob("sys/fs/btrfs/*/devices"):
-            numbers = {member.name: _text(member / "dev") for member in _entries(members)}
-            if name in numbers:
-                return [numbers[one] for one in sorted(numbers)]
-        try:
-            status = os.stat(mount.source)
-        except OSError:
-            return [mount.device]
-        is_device = stat.S_ISBLK(status.st_mode)
-        return [f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}" if is_device else mount.device]
-
-    def _mounts(self) -> Iterator[_Mounted]:
+    def _mounts(self) -> Iterator[Mounted]:
         """Of this process, then of every other namespace."""
         seen: set[str] = set()
         own = self._root / "proc/self"
@@ -218,19 +260,7 @@ class _Look:
                     continue
                 namespace, lines = "", _lines(process / "mountinfo")
             seen.add(namespace)
-            for line in lines:
-                left, _, right = line.partition(" - ")
-                fields, behind = left.split(), right.split(" ")
-                if len(fields) >= 6 and len(behind) >= 3:
-                    yield _Mounted(
-                        device=fields[2],
-                        point=_unescaped(fields[4]),
-                        kind=behind[0],
-                        source=_unescaped(behind[1]),
-                        # Of the filesystem, not of this mount of it: it is written as soon as one mount may.
-                        writable="ro" not in behind[2].split(","),
-                        is_here=process is own,
-                    )
+            yield from _parsed(lines, is_here=process is own)
 
     def _swap_uses(self) -> Iterator[Use]:
         for line in _lines(self._root / "proc/swaps")[1:]:

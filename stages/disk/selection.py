@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -16,6 +17,7 @@ from pipeline.errors import PlanError
 from pipeline.flow.items import Content, RangeReader, Run, Why
 from pipeline.flow.stage import Rounding
 from pipeline.units import MiB, format_exact, format_size
+from stages.disk.closure import Closure, check_cut, live_closure, needed_partitions, signatures_of
 from stages.disk.cuts import Cut, Overlay, cut_disk
 from stages.disk.mapping import DiskMap, Region, map_disk
 from stages.disk.occupancy import Use
@@ -26,16 +28,18 @@ from stages.disk.usage import Refusal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What a user wants of a disk. At most one of `partitions`, `through` and `stop`; none of them: all of it.
+    """What a user wants of a disk. At most one of `partitions`, `needed`, `through` and `stop`; none: all of it.
 
     Attributes:
         partitions: numbers to keep.
+        needed: keep what the system on the disk needs to start.
         through: keep everything up to the end of this partition.
         stop: keep [0, stop) bytes.
         only_used: blocks that a filesystem does not use are left out.
     """
 
     partitions: tuple[int, ...] | None = None
+    needed: bool = False
     through: int | None = None
     stop: int | None = None
     only_used: bool = True
@@ -43,7 +47,7 @@ class Wanted:
     @property
     def is_cut(self) -> bool:
         """Whether anything is left out but free blocks."""
-        return self.partitions is not None or self.through is not None or self.stop is not None
+        return self.needed or self.partitions is not None or self.through is not None or self.stop is not None
 
 
 async def select(
@@ -55,6 +59,7 @@ async def select(
     frozen: Collection[str] = (),
     rounding: Rounding | None = None,
     large_sectors: bool = False,
+    path: Path | None = None,
 ) -> Selection:
     """Look at a disk and decide what is taken of it.
 
@@ -63,6 +68,7 @@ async def select(
         uses: who uses the disk now.
         frozen: devices of those uses whose filesystem holds still.
         rounding: what the target wants of the size of the virtual disk.
+        path: of a disk or file on this machine, which may run from it.
         large_sectors: also a disk that no guest with sectors of 512 bytes could read.
     Raises:
         PlanError: the cut is not possible, or nobody could read the result.
@@ -74,15 +80,20 @@ async def select(
     if wanted.only_used and not large_sectors:
         _refuse_large_sectors(table)
     cut = None
+    partitions = wanted.partitions
+    closure = await _closure(cached, table, path) if wanted.is_cut else None
+    if wanted.needed:
+        partitions = needed_partitions(closure)
     if wanted.is_cut or (rounding is not None and rounding.round(size) != size):
         cut = cut_disk(
             table,
-            partitions=wanted.partitions,
+            partitions=partitions,
             through=wanted.through,
             stop=wanted.stop,
             alignment=rounding.alignment if rounding else MiB,
             size_min=rounding.minimum if rounding else 0,
         )
+        check_cut(closure, cut.kept)
     found = None
     if wanted.only_used:
         found = await map_disk(
@@ -103,6 +114,13 @@ async def select(
         map=found,
         cut=cut,
     )
+
+
+async def _closure(reader: RangeReader, table: PartitionTable, path: Path | None) -> Closure | None:
+    """What the system on the disk needs; None where there is none, or nothing is known of it."""
+    if path is None or not table.partitions:
+        return None
+    return live_closure(path, table, await signatures_of(reader, table))
 
 
 def _refuse_large_sectors(table: PartitionTable) -> None:

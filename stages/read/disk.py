@@ -47,8 +47,10 @@ class Options:
     """Options of read.disk."""
 
     path: Path = option(doc="Block device or raw image file.", example="/dev/sda", may_change=True)
-    partitions: Literal["all"] | tuple[int, ...] = option(
-        "all", doc="Partitions to keep, as [1, 2]; the partition table of the image fits them."
+    partitions: Literal["all", "needed"] | tuple[int, ...] = option(
+        "all",
+        doc="Partitions to keep, as [1, 2]; needed keeps those that the running system needs to start: root, "
+        "/boot, the EFI partition, /home, what fstab mounts. The partition table of the image fits them.",
     )
     through: int | None = option(None, doc="Keep everything up to the end of this partition.")
     bytes: Size | None = option(None, doc='Keep this much of the disk\'s beginning, as in "20481 MiB".')
@@ -136,7 +138,8 @@ class DiskReader:
         chosen = await select(
             _Ranges(self, self._context.threads),
             Wanted(
-                partitions=None if options.partitions == "all" else options.partitions,
+                partitions=None if isinstance(options.partitions, str) else options.partitions,
+                needed=options.partitions == "needed",
                 through=options.through,
                 stop=options.bytes,
                 only_used=options.blocks == "used",
@@ -144,6 +147,7 @@ class DiskReader:
             sector_size=info.sector_size if self._is_device else None,
             uses=uses,
             rounding=self._context.rounding,
+            path=self._path,
         )
         self._selection = chosen
         self._context.facts.put(PARTITIONS, Told({"table": chosen.table.kind, "partitions": chosen.partitions()}))
