@@ -134,6 +134,7 @@ class RunPlan:
             ("chain", " -> ".join(self.chain.names)),
             ("disk", format_exact(self.info.size)),
             ("to read", f"{format_exact(self.info.mapped_bytes)} by the source's map"),
+            *self.info.summary,
             ("image", f"{self.layout.format}, {format_exact(exact)}" if exact is not None
              else f"{self.layout.format}, at most {format_exact(longest)}"),
             ("virtual size", format_exact(self.layout.virtual_size)),
@@ -142,8 +143,13 @@ class RunPlan:
                        f"{format_size(memory.made + memory.compressed)} for made bytes, {memory.workers} threads"),
             *self.sink_plan.summary,
             ("target", self.target_uri),
-            *((("notes", "; ".join(self.layout.notes)),) if self.layout.notes else ()),
+            *((("notes", "; ".join(self.notes)),) if self.notes else ()),
         )  # fmt: skip
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should read before the start."""
+        return (*self.info.notes, *self.layout.notes)
 
 
 def target_uri(chain: WiredChain) -> str:

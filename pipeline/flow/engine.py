@@ -44,7 +44,7 @@ from pipeline.flow.replay import Marks
 from pipeline.flow.resume import RunJournal, remembering
 from pipeline.flow.segment import Segment
 from pipeline.flow.series import SeriesRecorder
-from pipeline.flow.stage import Start, Verifier, make_load
+from pipeline.flow.stage import ConcludingSource, Start, Verifier, make_load
 
 if TYPE_CHECKING:
     from pipeline.config.planning import RunPlan
@@ -103,7 +103,7 @@ async def run_export(plan: RunPlan, events: EventStream) -> Outcome:
             window_bytes=context.window,
             memory_bytes=plan.memory_plan.total,
             target=plan.target_uri,
-            notes=plan.layout.notes,
+            notes=plan.notes,
         )
     )
     emit(RunStarted(name=plan.name))
@@ -116,6 +116,8 @@ async def run_export(plan: RunPlan, events: EventStream) -> Outcome:
         try:
             async with _sampling(plan, recorder, begun):
                 stored = await _transfer(plan, recorder, memory, compressed)
+                if isinstance(plan.source, ConcludingSource):
+                    await plan.source.conclude()
         finally:
             memory.pool.close()
         transfer_s = time.monotonic() - begun

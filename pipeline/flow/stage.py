@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import anyio
@@ -29,6 +30,7 @@ from pipeline.flow.items import Block, ImageWindow, Piece, StoredImage, Verdict
 from pipeline.flow.mapping import DataMap
 from pipeline.flow.meter import StageMeter
 from pipeline.flow.orders import Order, Traits
+from pipeline.units import round_up
 
 In_contra = TypeVar("In_contra", contravariant=True)
 Out_co = TypeVar("Out_co", covariant=True)
@@ -282,6 +284,23 @@ class SinkRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rounding:
+    """What a target wants of the size of a virtual disk. Bytes.
+
+    Attributes:
+        alignment: a multiple of this.
+        minimum: at least this.
+    """
+
+    alignment: int
+    minimum: int = 0
+
+    def round(self, size: int) -> int:
+        """The smallest size that the target takes a disk of `size` bytes with."""
+        return round_up(max(size, self.minimum), self.alignment)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageContext:
     """What a stage gets from the engine. Owned by the engine; valid for the run.
 
@@ -292,6 +311,9 @@ class StageContext:
         order: how pieces travel in this chain.
         reload: guest bytes [offset, offset + length) from the source once more; for verification.
         journal: for writers whose SPEC says `resumable`: where to note the upload; None where the run keeps no journal.
+        rounding: for sources: what the target wants of the disk's size; None: nothing is known of it.
+        is_rehearsal: the plan is only looked at: nothing is stopped, frozen or made.
+        own_files: local paths that the run writes to while it reads.
     """
 
     name: str
@@ -312,6 +334,9 @@ class StageContext:
     replay: Replay | None = None
     reload: Callable[[int, int], AsyncIterator[Block]] | None = None
     journal: UploadJournal | None = None
+    rounding: Rounding | None = None
+    is_rehearsal: bool = False
+    own_files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,6 +351,8 @@ class SourceInfo:
         own_bytes: what the source holds at most beside the run's buffers (tables, fetched bytes); comes out of the
             run's memory.
         identity: what tells this disk from another (serial, inode, mtime ...), for manifest and resume.
+        summary: what `pipeline plan` prints of it, (what, how much).
+        notes: sentences that a person should read before the start.
     """
 
     size: int
@@ -335,6 +362,8 @@ class SourceInfo:
     block_size: int | None = None
     own_bytes: int = 0
     identity: dict[str, str] = field(default_factory=dict)
+    summary: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Source(Protocol):
@@ -377,6 +406,19 @@ class FetchingSource(Source, Protocol):
         Raises:
             SourceError, FormatError, StoreError: it can't be read, or is damaged.
         Cancellation: at once.
+        """
+        ...
+
+
+@runtime_checkable
+class ConcludingSource(Source, Protocol):
+    """A source that looks back when every byte was read, before the image is verified."""
+
+    async def conclude(self) -> None:
+        """Leave facts, let go of what held the disk still.
+
+        Raises:
+            SourceError: the disk did not hold still, so that the image is of no use.
         """
         ...
 

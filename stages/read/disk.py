@@ -1,29 +1,37 @@
-"""Read a block device or a raw image file with O_DIRECT.
+"""Read a block device or a raw image file with O_DIRECT: all of it, or the partitions and blocks that are wanted.
 
-Holes of a file are found with SEEK_DATA / SEEK_HOLE (lseek(2)) and not read. A block device is raw, whatever its first
-bytes look like. The source is opened read-only.
+Holes of a file are found with SEEK_DATA / SEEK_HOLE (lseek(2)) and not read; nor are blocks that a filesystem does not
+use, where that can be trusted (`stages/disk/`). A block device is raw, whatever its first bytes look like. The source
+is opened read-only; where the image holds another partition table, it is put into the stream.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import stat
 import struct
 import threading
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import anyio
 
 from pipeline.errors import PlanError, SourceError
 from pipeline.events import FallbackTaken
+from pipeline.flow.facts import Fact
 from pipeline.flow.items import Block, Content, Run, Why
 from pipeline.flow.pacing import RateLimit
 from pipeline.flow.parallel import in_thread
 from pipeline.flow.stage import BLOCKS, DISK_SIZE, NOTHING, SourceInfo, StageContext, StageSpec, option
 from pipeline.units import KiB, MiB, Size, round_up
+
+if TYPE_CHECKING:
+    from stages.disk.selection import Selection
 
 # linux/fs.h
 _BLKGETSIZE64 = 0x80081272
@@ -39,6 +47,18 @@ class Options:
     """Options of read.disk."""
 
     path: Path = option(doc="Block device or raw image file.", example="/dev/sda", may_change=True)
+    partitions: Literal["all", "needed"] | tuple[int, ...] = option(
+        "all",
+        doc="Partitions to keep, as [1, 2]; needed keeps those that the running system needs to start: root, "
+        "/boot, the EFI partition, /home, what fstab mounts. The partition table of the image fits them.",
+    )
+    through: int | None = option(None, doc="Keep everything up to the end of this partition.")
+    bytes: Size | None = option(None, doc='Keep this much of the disk\'s beginning, as in "20481 MiB".')
+    blocks: Literal["used", "all"] = option(
+        "used",
+        doc="used leaves out blocks that no file uses, wherever the filesystem is known, clean and not being written; "
+        "the image has zeros there. all copies every block.",
+    )
     block_size: Literal["auto", "2 MiB", "4 MiB"] = option(
         "auto", doc="The window that is read at once; auto is 2 MiB where the image is compressed, else 4 MiB."
     )
@@ -46,16 +66,49 @@ class Options:
         None, doc='Read at most this much a second, as in "200 MiB", where others need the disk too.', may_change=True
     )
 
+    def __post_init__(self) -> None:
+        given = [
+            name
+            for name, is_given in (
+                ("partitions", self.partitions != "all"),
+                ("through", self.through is not None),
+                ("bytes", self.bytes is not None),
+            )
+            if is_given
+        ]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} contradict each other: give one of them")
+        if self.partitions == ():
+            raise ValueError('partitions = [] keeps none; "all" keeps them all')
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A fact as the plain values that the manifest holds."""
+
+    value: Any
+
+    def to_json(self) -> Any:
+        """The values."""
+        return self.value
+
+
+PARTITIONS: Fact[Told] = Fact("partitions", Told)
+BLOCKS_TAKEN: Fact[Told] = Fact("blocks", Told)
+
 
 class DiskReader:
     """A disk as a map of runs and a threaded load."""
 
     def __init__(self, options: Options, context: StageContext) -> None:
+        self._options = options
         self._path = options.path
         self._block_size = {"auto": None, "2 MiB": 2 * MiB, "4 MiB": 4 * MiB}[options.block_size]
         self._context = context
         self._limit = RateLimit(context.clock, options.rate_limit)
-        self._size = 0
+        self._size = 0  # of the disk; the selection has that of the virtual disk
+        self._selection: Selection | None = None
+        self._hole = range(0)  # the last one that was found
         self._fd = -1
         self._map_fd = -1
         self._alignment = 0  # bytes; 0: not O_DIRECT
@@ -63,9 +116,9 @@ class DiskReader:
         self._lock = threading.Lock()
 
     async def open(self) -> SourceInfo:
-        """Open it read-only and probe what O_DIRECT wants. Raises PlanError."""
+        """Open it read-only, probe what O_DIRECT wants, look at what it holds. Raises PlanError, SourceError."""
         try:
-            return await in_thread(self._context.threads, self._open)
+            info = await in_thread(self._context.threads, self._open)
         except OSError as error:
             raise PlanError(
                 f"can't open the source: {os.strerror(error.errno or 0)}",
@@ -73,6 +126,55 @@ class DiskReader:
                 path=self._path,
                 hint=_OPEN_HINTS.get(error.errno or 0, ""),
             ) from None
+        return await self._select(info) if info.size else info
+
+    async def _select(self, info: SourceInfo) -> SourceInfo:
+        """Decide what is taken of the disk."""
+        from stages.disk.occupancy import uses_of
+        from stages.disk.selection import Wanted, select, why_unmapped
+
+        options = self._options
+        uses = await in_thread(self._context.threads, lambda: uses_of(self._path))
+        chosen = await select(
+            _Ranges(self, self._context.threads),
+            Wanted(
+                partitions=None if isinstance(options.partitions, str) else options.partitions,
+                needed=options.partitions == "needed",
+                through=options.through,
+                stop=options.bytes,
+                only_used=options.blocks == "used",
+            ),
+            sector_size=info.sector_size if self._is_device else None,
+            uses=uses,
+            rounding=self._context.rounding,
+            path=self._path,
+        )
+        self._selection = chosen
+        self._context.facts.put(PARTITIONS, Told({"table": chosen.table.kind, "partitions": chosen.partitions()}))
+        self._context.facts.put(
+            BLOCKS_TAKEN,
+            Told(
+                {
+                    "blocks": options.blocks,
+                    "taken_bytes": chosen.used_bytes,
+                    **chosen.identity,
+                    "reasons": [list(one) for one in chosen.map.reasons()] if chosen.map else [],
+                }
+            ),
+        )
+        busy = why_unmapped(chosen.table, uses, None) if chosen.map else {}
+        taken = [number for number in busy if not number or not chosen.cut or number in chosen.cut.kept]
+        return replace(
+            info,
+            size=chosen.size,
+            mapped_bytes=min(info.mapped_bytes, chosen.used_bytes),
+            identity={**info.identity, **chosen.identity},
+            summary=tuple(chosen.summary()),
+            notes=tuple(
+                f"{f'partition {number}' if number else 'the disk'} is copied whole, because {busy[number]}"
+                for number in sorted(taken)
+            ),
+        )
 
     def _open(self) -> SourceInfo:
         self._map_fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
@@ -105,8 +207,6 @@ class DiskReader:
 
     def _probe_direct(self, sector: int) -> None:
         """Open with O_DIRECT and find the alignment it takes; else stay with buffered reads."""
-        import mmap
-
         reason = ""
         try:
             fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
@@ -144,11 +244,12 @@ class DiskReader:
         """Tile the map's runs into windows; windows without data are joined to skips."""
         pending: list[Run] = []
         begin = start
+        size = self._chosen.size
         for run in self._runs(start):
             while run.length:
                 edge = begin - begin % window + window
                 if not pending and not run.is_data and run.end - begin >= window:
-                    stop = run.end if run.end == self._size else run.end - run.end % window
+                    stop = run.end if run.end == size else run.end - run.end % window
                     yield Block(begin, stop - begin, None, (Run(begin, stop - begin, run.content, run.why),))
                     run = Run(stop, run.end - stop, run.content, run.why)
                     begin = stop
@@ -156,26 +257,41 @@ class DiskReader:
                 length = min(run.length, edge - run.offset)
                 pending.append(Run(run.offset, length, run.content, run.why))
                 run = Run(run.offset + length, run.length - length, run.content, run.why)
-                if pending[-1].end in (edge, self._size):
+                if pending[-1].end in (edge, size):
                     yield Block(begin, pending[-1].end - begin, None, tuple(pending))
                     begin, pending = pending[-1].end, []
 
+    @property
+    def _chosen(self) -> Selection:
+        assert self._selection is not None, "open comes first"
+        return self._selection
+
     def _runs(self, start: int) -> Iterator[Run]:
-        """Data and holes from `start` to the end. Threads: any, one at a time for each iterator."""
-        position = start
-        while position < self._size:
-            data, hole = self._next_extent(position)
-            if data > position:
-                yield Run(position, data - position, Content.ZERO, Why.HOLE)
-            if hole > data:
-                yield Run(data, hole - data, Content.DATA, Why.READ)
-            position = hole
+        """What is taken and what is not, from `start` to the end. Threads: any, one at a time for each iterator."""
+        chosen = self._chosen
+        runs = chosen.runs(start)
+        return chosen.with_overlays(runs if self._is_device else self._without_holes(runs))
+
+    def _without_holes(self, runs: Iterator[Run]) -> Iterator[Run]:
+        """The runs, with the holes of the file where they lie in data."""
+        for run in runs:
+            position = run.offset
+            while run.is_data and position < run.end:
+                data, hole = self._next_extent(position)
+                data, hole = min(data, run.end), min(hole, run.end)
+                if data > position:
+                    yield Run(position, data - position, Content.ZERO, Why.HOLE)
+                if hole > data:
+                    yield Run(data, hole - data, Content.DATA, Why.READ)
+                position = hole
+            if not run.is_data:
+                yield run
 
     def _next_extent(self, position: int) -> tuple[int, int]:
         """The next data as (start, end), cut at the disk's size; (size, size) when only a hole is left."""
-        if self._is_device:
-            return position, self._size
         with self._lock:  # SEEK_DATA and SEEK_HOLE move the one file offset
+            if position in self._hole:  # a hole that many runs lie in is looked up once
+                return self._hole.stop, self._hole.stop
             try:
                 data = os.lseek(self._map_fd, position, os.SEEK_DATA)
                 hole = os.lseek(self._map_fd, data, os.SEEK_HOLE)
@@ -184,6 +300,7 @@ class DiskReader:
                     self._check_size()
                     return self._size, self._size
                 return position, self._size  # this filesystem can't tell: read everything
+            self._hole = range(position, data)
         return min(data, self._size), min(hole, self._size)
 
     def _check_size(self) -> None:
@@ -204,17 +321,45 @@ class DiskReader:
 
     def load(self, block: Block, buffer: memoryview) -> None:
         """Fill the buffer with the block's bytes; zero runs are zeroed. Threads: any, several at once."""
+        chosen = self._chosen
         unit = self._alignment or 1
         for begin, end, is_data in _stretches(block.runs):
-            if is_data:
-                begin -= begin % unit  # rounding out over a hole reads zeros
+            end = min(end, chosen.copied)  # behind it, data is what the overlays hold
+            if is_data and begin < end:
+                begin -= begin % unit
                 self._read(begin, end - begin, buffer[begin - block.offset :])
-            else:
-                _zero(buffer[begin - block.offset : end - block.offset])
+        # Now, because a read is rounded out, and over small gaps on purpose: what is left out is zero by definition.
         for run in block.runs:
-            # Holes that were read together with their neighbours: what an image holds there is zero by definition.
-            if not run.is_data and run.length < _GAP_READ_ANYWAY:
+            if not run.is_data:
                 _zero(buffer[run.offset - block.offset : run.end - block.offset])
+        if block.end > chosen.copied:
+            _zero(buffer[max(0, chosen.copied - block.offset) : block.length])
+        chosen.patch(block.offset, buffer[: block.length])
+
+    async def conclude(self) -> None:
+        """See that what was taken for unused stayed so.
+
+        Raises:
+            SourceError: a filesystem was written to while it was copied.
+        """
+        chosen = self._chosen
+        if chosen.map is None or await chosen.map.still_holds(_Ranges(self, self._context.threads)):
+            return
+        raise SourceError(
+            "the disk was written to while its used blocks were copied",
+            operation="read",
+            path=self._path,
+            hint='Unmount it, or set consistency = "freeze" in read.disk; blocks = "all" copies a disk in use, as an '
+            "image of many moments.",
+        )
+
+    def read_exactly(self, offset: int, length: int) -> bytes:
+        """Bytes of the disk as it is. Threads: any. Raises SourceError."""
+        unit = self._alignment or 1
+        begin = offset - offset % unit
+        with mmap.mmap(-1, max(1, round_up(offset + length, unit) - begin)) as aligned, memoryview(aligned) as view:
+            self._read(begin, min(offset + length, self._size) - begin, view)
+            return bytes(view[offset - begin : offset - begin + length])
 
     def _read(self, offset: int, length: int, into: memoryview) -> None:
         """Read exactly `length` bytes at `offset`, which is aligned; `into` has room for rounding the length up."""
@@ -258,6 +403,19 @@ class DiskReader:
             if fd >= 0:
                 os.close(fd)
         self._fd = self._map_fd = -1
+
+
+class _Ranges:
+    """The disk itself as a RangeReader, with O_DIRECT where it can: what a filesystem wrote, never what a cache has."""
+
+    def __init__(self, disk: DiskReader, threads: anyio.CapacityLimiter) -> None:
+        self._disk = disk
+        self._threads = threads
+        self.size = disk._size
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes. Raises SourceError."""
+        return await in_thread(self._threads, lambda: self._disk.read_exactly(offset, length))
 
 
 def _take(blocks: Iterator[Block], count: int) -> list[Block]:
@@ -329,5 +487,5 @@ SPEC = StageSpec(
     takes=NOTHING,
     gives=BLOCKS,
     build=DiskReader,
-    provides=(DISK_SIZE,),
+    provides=(DISK_SIZE, PARTITIONS, BLOCKS_TAKEN),
 )

@@ -48,7 +48,7 @@ class Place:
         """An export file to the bucket; a run that fails leaves nothing."""
         return write_toml(
             self.folder / "export.toml",
-            f'read.disk; path = "{disk or self.disk}"',
+            f'read.disk; path = "{disk or self.disk}"; blocks = "all"',
             *CHAIN,
             encoder,
             f'write.s3; url = "{self.url}"' + (f"; {options}" if options else ""),
