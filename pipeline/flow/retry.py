@@ -108,7 +108,7 @@ class Retry:
                     stage=self._stage,
                     operation=operation,
                     attempt=state.attempt_number + 1,
-                    wait_s=state.upcoming_sleep,
+                    wait_s=round(state.upcoming_sleep, 3),
                     reason=str(_failure(state)),
                 )
             )
