@@ -13,7 +13,7 @@ The SPEC of a stage is the only place where its name, help and ports are written
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -103,18 +103,42 @@ class Replay(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Inner:
+    """Where an encoder begins that has a compressor behind it. Bytes of the image before it is compressed.
+
+    Attributes:
+        position: of the first byte that the encoder makes.
+        guest_bytes: how much of the disk its pieces before that accounted for.
+        window_offset: of the first window that is compressed; what the encoder makes before it is there already.
+    """
+
+    position: int = 0
+    guest_bytes: int = 0
+    window_offset: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
     """Where the bytes of a run begin: at the beginning, or where an earlier process of the same export had come to.
 
     Attributes:
-        position: image offset of the first byte that comes.
+        position: image offset of the first byte that comes to the writer.
         guest_offset: of the first block that is read.
         guest_bytes: how much of the disk the pieces before `position` accounted for.
+        inner: the same for the encoder, where a compressor stands behind it.
     """
 
     position: int = 0
     guest_offset: int = 0
     guest_bytes: int = 0
+    inner: Inner | None = None
+
+    @property
+    def of_encoder(self) -> Start:
+        """As the encoder sees it."""
+        if self.inner is None:
+            return self
+        return Start(position=self.inner.position, guest_offset=self.guest_offset, guest_bytes=self.inner.guest_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,6 +237,7 @@ class Layout:
         grain: zero runs are useful to the encoder from this length and alignment on, in guest bytes.
         positional: image bytes depend on the guest bytes at their own offset only; where the disk changed between two
             processes of one export, what changed can be sent again.
+        skips_grow: a long skip may make the image longer by as much; False where it costs tables only.
         notes: sentences that a person should read before the start: a size that was rounded up and why, a limit that
             the image may meet.
         map: what the map pass found, for an encoder that asked for one (`StageSpec.map_unit`).
@@ -226,6 +251,7 @@ class Layout:
     made_max: int = 0
     grain: int = 65536
     positional: bool = False
+    skips_grow: bool = True
     notes: tuple[str, ...] = ()
     map: DataMap | None = field(default=None, repr=False, compare=False)
 
@@ -464,6 +490,24 @@ class Remembering(Protocol):
         ...
 
 
+@runtime_checkable
+class RememberingCheck(Protocol):
+    """A check of the image whose digests outlive the process. It lags behind the encoder, so it says how far it is."""
+
+    @property
+    def covered(self) -> int:
+        """Image bytes below this (behind a head that comes last) are in what `delta` gave, or `recall` took."""
+        ...
+
+    def delta(self) -> bytes:
+        """What was added since the last call, for `recall`; empty where there is nothing new."""
+        ...
+
+    def recall(self, delta: bytes) -> None:
+        """Add what an earlier process did, delta by delta, before the first piece; pieces below are then ignored."""
+        ...
+
+
 class Encoder(Protocol[P]):
     """Turns blocks into pieces. Keeps no state outside its checkpoint."""
 
@@ -630,6 +674,9 @@ class StageSpec:
         checkpointed: for encoders and compressors: False where the state can't be saved (OVA), with the reason in
             `summary`.
         resumable: for writers: a later process can go on with an upload (`StageContext.journal`).
+        not_resumable: why a stage with these options can't be gone on with; empty where it can.
+        head_minimum: for writers in numbered parts: how long a head that comes last has to be to be a part of its own,
+            by the length of the longest image; else the store's smallest part.
         image: whether the option values shape the image's bytes (then they go into the manifest as such).
         open_reader: opens a stored object by URL for reading, where `schemes` names the URL schemes. Of writers, and of
             the source that reads what no writer stores.
@@ -652,6 +699,8 @@ class StageSpec:
     sink: Traits | None = None
     checkpointed: bool = True
     resumable: bool = False
+    head_minimum: Callable[[Any], Awaitable[Callable[[int], int]]] | None = None
+    not_resumable: Callable[[Any], str] | None = None
     schemes: tuple[str, ...] = ()
     open_reader: Callable[..., Any] | None = None
 

@@ -119,6 +119,13 @@ class Track:
         return f"{format_duration((self.sample.disk_bytes - self.sample.acked_bytes) / self.rate)} left"
 
     @property
+    def pace(self) -> list[str]:
+        """Rate and what is left at it; nothing once every byte is stored, when the rate of late says nothing."""
+        if self.sample is None or self.sample.acked_bytes >= self.sample.disk_bytes:
+            return []
+        return [f"{format_size(self.rate)}/s", *([self.left] if self.left else [])]
+
+    @property
     def details(self) -> str:
         """The second line: what happened to the bytes, and how often the network had to be asked again."""
         if self.sample is None:
@@ -171,9 +178,8 @@ class LineDisplay:
 
     def _progress(self, sample: ProgressSampled) -> str:
         done = f"{format_size(sample.acked_bytes)} of {format_size(sample.disk_bytes)}"
-        pace = [f"{format_size(self._track.rate)}/s", *([self._track.left] if self._track.left else [])]
         share = _percent(sample.acked_bytes, sample.disk_bytes)
-        return f"{share}  {done}, {', '.join(pace)}; {self._track.details}"
+        return f"{share}  {', '.join([done, *self._track.pace])}; {self._track.details}"
 
 
 class LiveDisplay:
@@ -196,8 +202,7 @@ class LiveDisplay:
             self._export = bars.add_task("export", total=event.disk_bytes, amount="", pace="")
         elif isinstance(event, ProgressSampled) and self._export is not None:
             amount = f"{format_size(event.acked_bytes)} of {format_size(event.disk_bytes)}"
-            pace = f"{format_size(self._track.rate)}/s {self._track.left}".rstrip()
-            bars.update(self._export, completed=event.acked_bytes, amount=amount, pace=pace)
+            bars.update(self._export, completed=event.acked_bytes, amount=amount, pace=" ".join(self._track.pace))
         elif isinstance(event, MapProgressed | VerifyProgressed):
             name = pass_name(event)
             if name not in self._passes:
