@@ -10,11 +10,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 from tests.stores import install
 
-# Program that a test runs -> the Debian package that has it.
+# Program that a test runs, or file that it uses -> the Debian package that has it.
 PROGRAMS: Final[Mapping[str, str]] = {
     "qemu-img": "qemu-utils",
     "mke2fs": "e2fsprogs",
@@ -36,12 +37,18 @@ PROGRAMS: Final[Mapping[str, str]] = {
     "partclone.extfs": "partclone",
     "sgdisk": "gdisk",
     "lvm": "lvm2",
+    "nginx": "nginx-light",
+    "/usr/lib/nginx/modules/ngx_http_dav_ext_module.so": "libnginx-mod-http-dav-ext",
 }
 
 
 def missing() -> list[str]:
     """The Debian packages of the programs that are not here."""
-    return sorted({package for program, package in PROGRAMS.items() if shutil.which(program, path=_PATH) is None})
+    return sorted({package for program, package in PROGRAMS.items() if not _is_here(program)})
+
+
+def _is_here(program: str) -> bool:
+    return Path(program).exists() if "/" in program else shutil.which(program, path=_PATH) is not None
 
 
 # A user's PATH often lacks the folders where mke2fs and losetup are.

@@ -15,6 +15,7 @@ from typing import Any
 import anyio
 
 from pipeline.config.continuing import Attempt, begin_or_compare, describe, head_length, open_journal, told_resume
+from pipeline.config.options import Secret, without_secrets
 from pipeline.config.parse import MEMORY_MIN, ExportConfig, StageConfig
 from pipeline.config.wiring import WiredChain
 from pipeline.errors import PlanError, first_error
@@ -158,7 +159,8 @@ def target_uri(chain: WiredChain) -> str:
     options = chain.writer.options
     if command := getattr(options, "command", None):
         return "| " + shlex.join(command)
-    return str(getattr(options, "url", None) or getattr(options, "path", None) or chain.writer.spec.name)
+    place = getattr(options, "url", None) or getattr(options, "path", None) or chain.writer.spec.name
+    return f"the URL in ${place.name}" if isinstance(place, Secret) else without_secrets(str(place))
 
 
 @asynccontextmanager
