@@ -36,6 +36,8 @@ PROGRAMS: Final[Mapping[str, str]] = {
     "partclone.extfs": "partclone",
     "sgdisk": "gdisk",
     "lvm": "lvm2",
+    "nbdkit": "nbdkit",
+    "nbdcopy": "libnbd-bin",
 }
 
 
