@@ -40,7 +40,7 @@ class Options:
     """Options of read.image."""
 
     path: Path | None = option(None, doc="The image file. Either this or url.")
-    url: str | None = option(None, doc="Where the image is: s3://, sftp://, nbd://, http:// or https://, read by ranges.")
+    url: str | None = option(None, doc="Where the image is: s3://, sftp://, nbd://, http(s)://, read by ranges.")
     format: str = option(
         "auto",
         doc="raw, qcow2, vhd, vmdk, vhdx, ova or gce; raw+zstd and the like for our compressed streams. auto looks "
@@ -210,10 +210,6 @@ def _identity(files: OpenedFiles, image: DecodedImage) -> dict[str, str]:
 
 
 def _open_web(url: str, *, endpoint: str = "") -> object:
-    if url.startswith("nbd"):
-        from stages.store.nbd import open_nbd_reader
-
-        return open_nbd_reader(url, endpoint=endpoint)
     from stages.store.web import open_web_reader
 
     return open_web_reader(url, endpoint=endpoint)
@@ -227,6 +223,6 @@ SPEC = StageSpec(
     gives=BLOCKS,
     build=ImageReader,
     provides=(DISK_SIZE,),
-    schemes=("http", "https", "nbd", "nbds", "nbd+unix", "nbds+unix"),
+    schemes=("http", "https"),
     open_reader=_open_web,
 )

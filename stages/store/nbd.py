@@ -593,6 +593,7 @@ class NbdClient:
         self.url = url
         self.retry = retry
         self.made = 0
+        self.losses = 0  # connections that broke; behind each may be a server that was restarted
         self._ca_file = ca_file
         self._patience = patience or Patience()
         self._limit = connections
@@ -787,7 +788,9 @@ class NbdClient:
             return made
 
     def _usable(self) -> NbdConnection | None:
-        self._connections = [one for one in self._connections if not one.is_lost]
+        working = [one for one in self._connections if not one.is_lost]
+        self.losses += len(self._connections) - len(working)
+        self._connections = working
         best = min(self._connections, key=lambda one: one.uses, default=None)
         if best is None or self._info is None:
             return None
