@@ -11,6 +11,7 @@ from stages.read import image as image_source
 from stages.sparse import zeros
 from stages.verify import readback, receipt, sample
 from stages.write import file, http, null, pipe, s3, sftp
+from stages.write import device, file, nbd, null, pipe, s3, sftp
 
 CATALOG = Catalog(
     (
@@ -34,6 +35,8 @@ CATALOG = Catalog(
         s3.SPEC,
         sftp.SPEC,
         http.SPEC,
+        nbd.SPEC,
+        device.SPEC,
         pipe.SPEC,
         null.SPEC,
         receipt.SPEC,

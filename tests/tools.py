@@ -39,6 +39,8 @@ PROGRAMS: Final[Mapping[str, str]] = {
     "lvm": "lvm2",
     "nginx": "nginx-light",
     "/usr/lib/nginx/modules/ngx_http_dav_ext_module.so": "libnginx-mod-http-dav-ext",
+    "nbdkit": "nbdkit",
+    "nbdcopy": "libnbd-bin",
 }
 
 

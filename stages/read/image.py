@@ -1,4 +1,4 @@
-"""Read a disk out of an image, from a file, an S3-compatible store or a web server, by ranges.
+"""Read a disk out of an image, from a file, an S3-compatible store, a web or an NBD server, by ranges.
 
 What the image does not store is not fetched. A name inside the image is never opened.
 """
@@ -40,7 +40,9 @@ class Options:
     """Options of read.image."""
 
     path: Path | None = option(None, doc="The image file. Either this or url.")
-    url: str | None = option(None, doc="Where the image is: s3://, sftp://, http(s):// or dav(s)://, read by ranges.")
+    url: str | None = option(
+        None, doc="Where the image is: s3://, sftp://, nbd://, http(s)://, dav(s)://; read by ranges."
+    )
     format: str = option(
         "auto",
         doc="raw, qcow2, vhd, vmdk, vhdx, ova or gce; raw+zstd and the like for our compressed streams. auto looks "
