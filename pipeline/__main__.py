@@ -19,6 +19,8 @@ VERBS = {
     "uploads": ("pipeline.commands.uploads", "Find and remove what runs left behind in a store."),
     "convert": ("pipeline.commands.convert", "Convert a disk or image into another image, over paths and URLs."),
     "inspect": ("pipeline.commands.inspect", "Look at an image of any format: info, check and map, by ranges."),
+    "preflight": ("pipeline.commands.preflight", "Say before the upload whether a disk will boot over there."),
+    "profiles": ("pipeline.commands.profiles", "List the targets: what each takes, and how it imports an image."),
     "ls": ("pipeline.commands.ls", "List files on a disk in an image, wherever it is stored."),
     "cat": ("pipeline.commands.cat", "Write one file of a disk in an image to stdout."),
     "disk": ("pipeline.commands.disk", "Show what is on a disk or image and what an export would copy."),

@@ -6,6 +6,7 @@
     |-- SourceError        the disk could not be read, or is not what it said             exit 1
     |-- StoreError         the target refused, failed or can't be reached                 exit 1
     |-- FormatError        an image is corrupt, hostile or of an unknown kind             exit 3
+    |-- PreflightError     the image would not boot there, or would not be taken          exit 5
     |-- VerificationError  the stored image is not the disk                               exit 3
     |-- StageError         a stage broke one of the engine's promises                     exit 1
     |-- LeftBehindError    failed, and something may be left in the store                 exit 4
@@ -143,6 +144,12 @@ class FormatError(PipelineError):
     """An image is corrupt, hostile, or of a kind that is not read here."""
 
     exit_code = EXIT_DIFFERS
+
+
+class PreflightError(PipelineError):
+    """The rules of the target say that the image would not boot there. No byte has moved."""
+
+    exit_code = EXIT_PREFLIGHT
 
 
 class VerificationError(PipelineError):

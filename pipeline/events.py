@@ -31,6 +31,22 @@ class RunPlanned(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PreflightDone(Event):
+    """The rules of the target were asked, before a byte has moved.
+
+    Attributes:
+        verdict: ready, warnings or blocked.
+        findings: those that are no passes: id, severity, status, message, remedy, evidence.
+    """
+
+    profile: str
+    verdict: str
+    blocks: int
+    warnings: int
+    findings: tuple[dict[str, object], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MapProgressed(Event):
     """How far the map pass has come, before the run is planned to its end. Guest bytes."""
 

@@ -87,6 +87,7 @@ class RunPlan:
         recorder: of the map; with what earlier processes of the export saw.
         journal: None where the run keeps none.
         start: where the disk is read from, and the image written.
+        preflight: what the rules of [target] said, for the manifest.
     """
 
     config: ExportConfig
@@ -110,6 +111,7 @@ class RunPlan:
     recorder: MapRecorder = field(default_factory=MapRecorder)
     journal: RunJournal | None = None
     start: Start = field(default_factory=Start)
+    preflight: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

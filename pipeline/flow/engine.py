@@ -525,6 +525,7 @@ def _manifest(
         facts=facts,
         options={
             "export": _shown(plan.config.export),
+            **({"target": _shown(plan.config.target)} if plan.config.target.profile else {}),
             **{stage.spec.name: _shown(stage.options) for stage in plan.chain.stages},
         },
         receipt=receipt.proofs if receipt else (),
@@ -537,6 +538,7 @@ def _manifest(
         bottleneck=bottleneck,
         elapsed_s=elapsed_s,
         attempts=plan.journal.attempts if plan.journal else 1,
+        preflight=plan.preflight,
     )
 
 

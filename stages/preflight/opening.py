@@ -1,0 +1,123 @@
+"""Open what is to be looked at: the machine we run on, a system below a folder, or a disk or image, near or far."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config.machine import Machine
+from pipeline.errors import FormatError, PlanError, StoreError
+from pipeline.flow.items import RangeReader
+from stages.decode.named import NamedImage, is_block_device, open_files
+from stages.disk.live import LiveView
+from stages.disk.tables import PartitionTable, read_table
+from stages.preflight.subject import LiveFacts, LiveMount, Subject, gather
+from stages.preflight.volumes import Volumes, find_volumes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What the user wants looked at.
+
+    Attributes:
+        place: disk, image or URL; empty for the disk that this machine runs from.
+        root: the system's folder; `/` is this machine. None: what is on the disk at `place`.
+        format, endpoint: of an image, as `inspect` takes them.
+    """
+
+    place: str = ""
+    root: Path | None = None
+    format: str = "auto"
+    endpoint: str = ""
+
+
+def is_of_this_machine(place: str) -> bool:
+    """Whether a path is the disk that this machine runs from: then its files are read through its mounts."""
+    if not is_block_device(place):
+        return False
+    running = {disk.name for disk in Machine().system_disk().disks}
+    return Path(os.path.realpath(place)).name in running
+
+
+@asynccontextmanager
+async def open_subject(wanted: Wanted) -> AsyncIterator[Subject]:
+    """Open it and gather all facts. Everything is opened read-only and closed at the end.
+
+    Raises:
+        PlanError: there is nothing to look at.
+        StoreError, FormatError: the image can't be read.
+    """
+    root = wanted.root
+    if root is None and (not wanted.place or is_of_this_machine(wanted.place)):
+        root = Path("/")
+    async with AsyncExitStack() as stack:
+        if root is not None:
+            yield await _live(root, wanted, stack)
+        else:
+            yield await _offline(wanted, stack)
+
+
+async def _live(root: Path, wanted: Wanted, stack: AsyncExitStack) -> Subject:
+    machine = Machine(root)
+    name, place, problem = "", wanted.place, ""
+    if not place:
+        system = machine.system_disk()
+        if system.disks:
+            name, place = system.disks[0].name, system.disks[0].path
+        problem = system.reason
+    elif is_block_device(place):
+        name = Path(os.path.realpath(place)).name
+    reader: RangeReader | None = None
+    table: PartitionTable | None = None
+    volumes = Volumes([], disk_name=name)
+    if place:
+        try:
+            reader = await _reader_of(wanted, place, stack)
+            table = await read_table(reader, reader.size, sector_size=machine.sector_size(name) if name else None)
+            volumes = await find_volumes(reader, table, disk_name=name)
+        except (StoreError, FormatError) as error:
+            reader, problem = None, str(error)
+    ours = {name} if name else set()
+    elsewhere = {spec: ", ".join(sorted(disks)) for spec, disks in machine.known_by_udev().items() if not disks & ours}
+    mounts = tuple(
+        LiveMount(
+            point=one.point,
+            kind=one.kind,
+            source=one.source,
+            writable=one.writable,
+            disks=frozenset(machine.disks_below(one)),
+        )
+        for one in machine.mounts()
+    )
+    live = LiveFacts(firmware=machine.firmware, mounts=mounts, elsewhere=elsewhere, nics=tuple(machine.network_cards()))
+    return await gather(
+        LiveView(root),
+        place=place or "this machine",
+        reader=reader,
+        table=table,
+        volumes=volumes,
+        table_problem=problem,
+        live=live,
+    )
+
+
+async def _reader_of(wanted: Wanted, place: str, stack: AsyncExitStack) -> RangeReader:
+    files = await stack.enter_async_context(
+        open_files(NamedImage(place=place, format=wanted.format, endpoint=wanted.endpoint))
+    )
+    return await files.open_image()
+
+
+async def _offline(wanted: Wanted, stack: AsyncExitStack) -> Subject:
+    reader = await _reader_of(wanted, wanted.place, stack)
+    table = await read_table(reader, reader.size)
+    volumes = await find_volumes(reader, table)
+    view = await _view_of(reader, wanted)
+    return await gather(view, place=wanted.place, reader=reader, table=table, volumes=volumes)
+
+
+async def _view_of(reader: RangeReader, wanted: Wanted):  # type: ignore[no-untyped-def]
+    raise PlanError("offline")
