@@ -20,8 +20,8 @@ from tests.decode.images import run
 from tests.disks.letters import write_disk
 from tests.disks.mounts import loop_device
 from tests.end_to_end.command import call
-from tests.stores.nginx import PASSWORD, USER, WebServer
 from tests.stores.nbd import NbdServer
+from tests.stores.nginx import PASSWORD, USER, WebServer
 from tests.stores.openssh import SftpServer
 from tests.stores.s3 import S3Server
 
