@@ -41,6 +41,10 @@ PROGRAMS: Final[Mapping[str, str]] = {
     "/usr/lib/nginx/modules/ngx_http_dav_ext_module.so": "libnginx-mod-http-dav-ext",
     "nbdkit": "nbdkit",
     "nbdcopy": "libnbd-bin",
+    "cpio": "cpio",
+    "xz": "xz-utils",
+    "bzip2": "bzip2",
+    "debootstrap": "debootstrap",
 }
 
 

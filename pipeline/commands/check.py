@@ -16,10 +16,11 @@ def command(console: Console, file: Path, overrides: tuple[str, ...]) -> int:
     """Check an export file: options and chain, with every fault at once. No disk and no network is touched."""
     from pipeline.config.wiring import load_chain
     from stages.catalog import CATALOG
-    from stages.preflight.target import check_chain
 
     config, chain = load_chain(file, CATALOG, overrides)
     if config.target.profile:
+        from stages.preflight.target import check_chain
+
         check_chain(config, chain)
     console.say(f"{file} is fine: {' -> '.join(chain.names)}")
     console.say(f'Pieces travel in the order "{chain.order.value}". The next step: pipeline plan {file}')

@@ -30,10 +30,13 @@ def command(console: Console, file: Path, overrides: tuple[str, ...]) -> int:
     """Say what `run` would do with FILE: sizes, parts, memory. Opens the source read-only and sends nothing."""
     from pipeline.config.wiring import load_chain
     from stages.catalog import CATALOG
-    from stages.preflight.target import check_chain
 
     config, chain = load_chain(file, CATALOG, overrides)
-    profile = check_chain(config, chain) if config.target.profile else None
+    profile = None
+    if config.target.profile:
+        from stages.preflight.target import check_chain
+
+        profile = check_chain(config, chain)
     return run_async(partial(_plan, console, config, chain, profile))
 
 

@@ -64,12 +64,15 @@ def command(
     from pipeline.config.continuing import Attempt, Mode
     from pipeline.config.wiring import load_chain
     from stages.catalog import CATALOG
-    from stages.preflight.target import check_chain
 
     if resume and discard:
         raise click.UsageError("--resume goes on with what was sent, --discard removes it: give one of them")
     config, chain = load_chain(file, CATALOG, overrides)
-    profile = check_chain(config, chain) if config.target.profile else None
+    profile = None
+    if config.target.profile:
+        from stages.preflight.target import check_chain
+
+        profile = check_chain(config, chain)
     writer = chain.writer
     if writer.spec.holds_stdout and writer.spec.holds_stdout(writer.options):
         console.leave_stdout()

@@ -152,27 +152,22 @@ async def check_root_name(subject: Subject, target: Target) -> AsyncIterator[Out
     """Whether the kernel finds its root filesystem by a name that travels with it."""
     found = False
     renames = target.profile.renames_disks
+    named_so: dict[str, list[Evidence]] = {}
     for entry in subject.menus.entries:
         named = entry.value("root")
-        if named is None:
-            continue
-        found = True
-        meaning = subject.volumes.resolve(named)
-        if not _by_bus(meaning):
-            continue
-        spec = meaning.volume.best_spec if meaning.volume is not None else "UUID=..."
+        if named is not None:
+            found = True
+            if _by_bus(subject.volumes.resolve(named)):
+                named_so.setdefault(named, []).append(entry.where)
+    for named, places in named_so.items():
+        volume = subject.volumes.resolve(named).volume or subject.root
+        spec = volume.best_spec if volume is not None else "UUID=..."
         becomes = f"the disk becomes /dev/{target.profile.hardware.disk}" if renames else "disks may get other names"
         yield failed(
             "block" if renames and not _keeps_its_name(named, target) else "warn",
             f"the kernel line uses root={named}; {becomes} there: say root={spec}",
-            entry.where,
-            command=(
-                "sed -i '/GRUB_DISABLE_LINUX_UUID/d' /etc/default/grub && " + subject.distribution.update_menu
-                if "grub" in subject.menus.loaders and "bls" not in subject.menus.loaders
-                else f"grubby --update-kernel=ALL --remove-args=root --args=root={plain(spec)}"
-                if "bls" in subject.menus.loaders
-                else f"sed -i 's#root={plain(named)}#root={plain(spec)}#' {plain(entry.where.file)}"
-            ),
+            *places,
+            command=_name_root(subject, named, spec, places[0].file),
         )
     defaults = await read_text(subject.view, "/etc/default/grub")
     for number, line in defaults.numbered():
@@ -207,6 +202,14 @@ async def check_root_name(subject: Subject, target: Target) -> AsyncIterator[Out
         )
     elif not subject.menus.entries:
         yield unknown("no boot menu was found")
+
+
+def _name_root(subject: Subject, named: str, spec: str, file: str) -> str:
+    if "bls" in subject.menus.loaders:
+        return f"grubby --update-kernel=ALL --remove-args=root --args=root={plain(spec)}"
+    if "grub" in subject.menus.loaders:
+        return f"sed -i '/GRUB_DISABLE_LINUX_UUID/d' /etc/default/grub && {subject.distribution.update_menu}"
+    return f"sed -i 's#root={plain(named)}#root={plain(spec)}#' {plain(file)}"
 
 
 def _by_bus(meaning: Meaning) -> bool:

@@ -7,7 +7,6 @@ Documentation/arch/x86/boot.rst, "kernel_version"; modprobe.d(5).
 from __future__ import annotations
 
 import bz2
-import gzip
 import lzma
 import re
 import struct
@@ -195,7 +194,10 @@ def _initrd_names(version: str) -> tuple[str, ...]:
 
 async def version_of(view: View, image: str) -> str:
     """The version of a kernel image: as its header says, else by its name; empty where neither tells."""
-    head = await view.read_at(image, 0, 64 * KiB)
+    try:
+        head = await view.read_at(image, 0, 64 * KiB)
+    except (OSError, FormatError):
+        head = b""
     if head[0x202:0x206] == b"HdrS":
         at = struct.unpack_from("<H", head, 0x20E)[0] + 0x200
         if 0x200 < at < len(head):
@@ -219,7 +221,19 @@ async def _config(view: View, version: str, folder: str) -> Text | None:
     for path in (f"/boot/config-{version}", f"{folder}/config", f"/usr/lib/kernel/config-{version}"):
         if path.startswith("/") and (text := await read_text(view, path)).lines:
             return text
-    return None
+    return await _running_config(view, version) if view.is_live else None
+
+
+async def _running_config(view: View, version: str) -> Text | None:
+    """What the running kernel says of itself, where it is the one that is asked about."""
+    release = await read_text(view, "/proc/sys/kernel/osrelease")
+    if release.lines[:1] != (version,):
+        return None
+    try:
+        raw = unpacked_module("config.gz", await view.read("/proc/config.gz"))
+    except (OSError, ValueError, zlib.error):
+        return None
+    return Text(path="/proc/config.gz", lines=tuple(raw.decode("ascii", "replace").split("\n")))
 
 
 def _parse_config(text: Text | None) -> tuple[dict[str, str], dict[str, int]]:
@@ -317,18 +331,19 @@ async def _needs(view: View, kernel: Kernel, module: str) -> tuple[str, ...]:
 
 
 def unpacked_module(path: str, raw: bytes) -> bytes:
-    """A module without its compression. Raises what the decompressor raises."""
+    """A module without its compression, at most _MODULE_MAX bytes of it. Raises what the decompressor raises."""
     if path.endswith(".gz"):
-        return gzip.decompress(raw)
+        return zlib.decompressobj(31).decompress(raw, _MODULE_MAX)
     if path.endswith(".xz"):
-        return lzma.decompress(raw)
+        return lzma.LZMADecompressor(memlimit=128 * MiB).decompress(raw, _MODULE_MAX)
     if path.endswith(".bz2"):
-        return bz2.decompress(raw)
+        return bz2.BZ2Decompressor().decompress(raw, _MODULE_MAX)
     if path.endswith(".zst"):
         import zstandard
 
         try:
-            return zstandard.ZstdDecompressor().decompressobj().decompress(raw)
+            with zstandard.ZstdDecompressor(max_window_size=128 * MiB).stream_reader(raw) as reader:
+                return reader.read(_MODULE_MAX)
         except zstandard.ZstdError as error:
             raise ValueError(str(error)) from None
     return raw

@@ -11,6 +11,21 @@ from stages.preflight.subject import PSEUDO_KINDS, Subject, rooted
 _NEEDED = ("/", "/boot", "/boot/efi", "/efi", "/home", "/usr", "/var", "/opt", "/srv", "/root", "/tmp")
 
 
+async def check_system(subject: Subject, target: Target) -> AsyncIterator[Outcome]:
+    """Whether there is a system on the disk at all."""
+    for problem in subject.problems:
+        yield unknown(f"a part of the system could not be read: {problem}", remedy="Run it as root.")
+    if not subject.no_system:
+        yield passed(f"the system is {subject.distribution.title or 'of a kind that does not name itself'}")
+        return
+    told = f"no system was found on the disk: {subject.no_system}"
+    # What is encrypted, or of a kind that is not read here, may hold one.
+    if subject.volumes.opaque or any(one.kind in ("zfs_member", "f2fs", "jfs") for one in subject.volumes):
+        yield unknown(told, remedy="Run the preflight on the live machine instead.")
+    else:
+        yield failed("block", told, remedy='Export the disk that holds the system; for a data disk say kind = "data".')
+
+
 async def check_closure(subject: Subject, target: Target) -> AsyncIterator[Outcome]:
     """Whether the system lies on one disk."""
     away = 0
@@ -87,6 +102,13 @@ async def check_cut(subject: Subject, target: Target) -> AsyncIterator[Outcome]:
 
 
 RULES = (
+    Rule(
+        id="layout.system",
+        title="there is a system on the disk",
+        why="Every partition and logical volume is looked into for the root filesystem of a Linux system.",
+        check=check_system,
+        needs="disk",
+    ),
     Rule(
         id="layout.closure",
         title="the whole system lies on this disk",

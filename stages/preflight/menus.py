@@ -15,7 +15,16 @@ from dataclasses import dataclass, replace
 
 from stages.disk.tree import View
 from stages.preflight.findings import Evidence
-from stages.preflight.texts import Text, exists, is_folder, names_in, read_text, texts_in, words_of
+from stages.preflight.texts import (
+    Text,
+    exists,
+    is_folder,
+    names_in,
+    read_text,
+    texts_in,
+    why_unreadable,
+    words_of,
+)
 from stages.preflight.uki import PeSection, read_sections, section_text
 
 _ENTRIES_MAX = 500
@@ -369,20 +378,24 @@ class _MenuReader:
             path = f"{folder}/{name}"
             if not name.lower().endswith(".efi"):
                 continue
-            real = await self._view.resolve(path)
-            if real in self._seen:
-                continue
-            self._seen.add(real)
-            sections = await read_sections(self._view, path)
-            if ".linux" not in sections:
+            cmdline, version = "", ""
+            try:
+                real = await self._view.resolve(path)
+                if real in self._seen:
+                    continue
+                self._seen.add(real)
+                sections = await read_sections(self._view, path)
+                if ".linux" not in sections:
+                    continue
+                if ".cmdline" in sections:
+                    cmdline = await section_text(self._view, path, sections[".cmdline"])
+                if ".uname" in sections:
+                    version = await section_text(self._view, path, sections[".uname"])
+            except OSError as error:
+                self.problems.append(Text(path=path, problem=why_unreadable(error)))
                 continue
             self.files.append(path)
             self.loaders.append("uki")
-            cmdline, version = "", ""
-            if ".cmdline" in sections:
-                cmdline = await section_text(self._view, path, sections[".cmdline"])
-            if ".uname" in sections:
-                version = await section_text(self._view, path, sections[".uname"])
             self.entries.append(
                 BootEntry(
                     title=name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -9,13 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.machine import Machine
-from pipeline.errors import FormatError, PlanError, StoreError
+from pipeline.config.options import without_secrets
+from pipeline.errors import FormatError, StoreError
 from pipeline.flow.items import RangeReader
 from stages.decode.named import NamedImage, is_block_device, open_files
 from stages.disk.live import LiveView
-from stages.disk.tables import PartitionTable, read_table
+from stages.disk.paths import failure
+from stages.disk.tables import PartitionTable
+from stages.disk.tree import READ_LIMIT, Entry, Node, Space, View
+from stages.disk.view import open_system
+from stages.disk.volumes import open_volumes
 from stages.preflight.subject import LiveFacts, LiveMount, Subject, gather
-from stages.preflight.volumes import Volumes, find_volumes
+from stages.preflight.volumes import Volumes, known_volumes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +82,9 @@ async def _live(root: Path, wanted: Wanted, stack: AsyncExitStack) -> Subject:
     if place:
         try:
             reader = await _reader_of(wanted, place, stack)
-            table = await read_table(reader, reader.size, sector_size=machine.sector_size(name) if name else None)
-            volumes = await find_volumes(reader, table, disk_name=name)
+            disk = await open_volumes(reader, sector_size=machine.sector_size(name) if name else None)
+            table = disk.table
+            volumes = known_volumes(disk, disk_name=name)
         except (StoreError, FormatError) as error:
             reader, problem = None, str(error)
     ours = {name} if name else set()
@@ -113,11 +120,55 @@ async def _reader_of(wanted: Wanted, place: str, stack: AsyncExitStack) -> Range
 
 async def _offline(wanted: Wanted, stack: AsyncExitStack) -> Subject:
     reader = await _reader_of(wanted, wanted.place, stack)
-    table = await read_table(reader, reader.size)
-    volumes = await find_volumes(reader, table)
-    view = await _view_of(reader, wanted)
-    return await gather(view, place=wanted.place, reader=reader, table=table, volumes=volumes)
+    disk = await open_volumes(reader)
+    view: View
+    problem = ""
+    try:
+        view = await open_system(disk)
+    except FormatError as error:
+        view, problem = NoFiles(), f"{error.message}. {error.hint}".rstrip()
+    return await gather(
+        view,
+        place=without_secrets(wanted.place),
+        reader=reader,
+        table=disk.table,
+        volumes=known_volumes(disk),
+        no_system=problem,
+    )
 
 
-async def _view_of(reader: RangeReader, wanted: Wanted):  # type: ignore[no-untyped-def]
-    raise PlanError("offline")
+class NoFiles:
+    """The view of a disk without a system: nothing is there."""
+
+    @property
+    def is_live(self) -> bool:
+        """False."""
+        return False
+
+    async def stat(self, path: str, *, follow: bool = True) -> Node:
+        """Nothing."""
+        raise failure(errno.ENOENT, path)
+
+    async def list(self, path: str) -> tuple[Entry, ...]:
+        """Nothing."""
+        raise failure(errno.ENOENT, path)
+
+    async def read(self, path: str, *, limit: int = READ_LIMIT) -> bytes:
+        """Nothing."""
+        raise failure(errno.ENOENT, path)
+
+    async def read_at(self, path: str, offset: int, length: int) -> bytes:
+        """Nothing."""
+        raise failure(errno.ENOENT, path)
+
+    async def target(self, path: str) -> str:
+        """Nothing."""
+        raise failure(errno.ENOENT, path)
+
+    async def resolve(self, path: str) -> str:
+        """Nothing."""
+        raise failure(errno.ENOENT, path)
+
+    async def space(self, path: str) -> Space:
+        """Nothing."""
+        raise failure(errno.ENOENT, path)

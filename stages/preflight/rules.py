@@ -152,6 +152,9 @@ async def _ask(rule: Rule, subject: Subject, target: Target) -> AsyncIterator[Ou
     if target.kind == "data" and not rule.for_data:
         yield skipped("a data disk boots nothing")
         return
+    if subject.no_system and rule.needs == "system":
+        yield skipped("no system was found on the disk: see layout.system")
+        return
     try:
         async for one in rule.check(subject, target):
             yield one

@@ -9,6 +9,7 @@ from pipeline.units import MiB, format_size
 from stages.preflight.findings import Evidence, Outcome, failed, passed, plain, skipped, unknown
 from stages.preflight.rules import Rule, Target
 from stages.preflight.subject import Subject
+from stages.preflight.volumes import Volume
 
 # Source: virt-v2v convert.ml, "check_guest_free_space".
 _LEAST = {"/": 100 * MiB, "/boot": 50 * MiB}
@@ -46,6 +47,10 @@ async def check_free(subject: Subject, target: Target) -> AsyncIterator[Outcome]
             yield passed(f"{point}: {format_size(space.free)} free", where)
 
 
+def _how_dirty(volume: Volume) -> str:
+    return f"was not left clean ({volume.dirty})" if volume.dirty else "was not unmounted cleanly"
+
+
 async def check_clean(subject: Subject, target: Target) -> AsyncIterator[Outcome]:
     """Whether every filesystem was unmounted."""
     if subject.is_live:
@@ -56,11 +61,10 @@ async def check_clean(subject: Subject, target: Target) -> AsyncIterator[Outcome
         if volume.kind not in _JOURNALS:
             continue
         looked += 1
-        dirty = await _dirty(subject, volume.names)
-        if volume.state == "dirty" or dirty:
+        if volume.state == "dirty" or volume.dirty:
             yield failed(
                 "warn",
-                f"{volume.name} ({volume.kind}) {dirty or 'was not unmounted cleanly'}; its journal is replayed at the "
+                f"{volume.name} ({volume.kind}) {_how_dirty(volume)}; its journal is replayed at the "
                 "first boot, and its free blocks can't be skipped",
                 command=f"fsck -p {plain(volume.name)}" if volume.kind.startswith(("ext", "vfat")) else "",
                 remedy="Mount and unmount it once.",
@@ -69,12 +73,6 @@ async def check_clean(subject: Subject, target: Target) -> AsyncIterator[Outcome
         yield passed(f"{looked} filesystems were looked at")
     else:
         yield unknown("no filesystem that is known here was found")
-
-
-async def _dirty(subject: Subject, names: tuple[str, ...]) -> str:
-    """Why a filesystem is not clean, where its reader knows more than its superblock's flags."""
-    ask = getattr(subject.view, "why_dirty", None)
-    return str(ask(names[0]) or "") if ask is not None and names else ""
 
 
 RULES = (

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
+from pipeline.errors import FormatError
 from pipeline.flow.items import RangeReader
 from stages.disk.tables import DISK_ID_AT, PartitionTable
 from stages.disk.tree import View
@@ -16,8 +17,10 @@ from stages.preflight.menus import BootMenus, find_menus
 from stages.preflight.packages import Packages, find_packages
 from stages.preflight.profile import BootMode
 from stages.preflight.system import Distribution, find_distribution
-from stages.preflight.texts import Text, find_ignoring_case, is_folder, read_text
+from stages.preflight.texts import Text, find_ignoring_case, is_folder, read_text, why_unreadable
 from stages.preflight.volumes import Meaning, Volume, Volumes
+
+T = TypeVar("T")
 
 ESP = ("c12a7328-f81f-11d2-ba4b-00a0c93ec93b", "0xef")
 BIOS_BOOT = "21686148-6449-6e6f-744e-656564454649"
@@ -134,6 +137,8 @@ class Subject:
         size: of the disk in bytes; 0 where it could not be opened.
         table: None where the disk could not be opened; then `table_problem` says why.
         root: the filesystem that / is; None where it could not be told.
+        problems: what could not be read while the facts were gathered.
+        no_system: why no system was found on the disk; empty where one was.
         live: None for an image.
     """
 
@@ -152,6 +157,8 @@ class Subject:
     blacklist: Blacklist
     root: Volume | None
     esp_folder: str | None
+    problems: Sequence[str] = ()
+    no_system: str = ""
     live: LiveFacts | None = None
 
     @property
@@ -239,6 +246,7 @@ async def gather(
     table: PartitionTable | None,
     volumes: Volumes,
     table_problem: str = "",
+    no_system: str = "",
     live: LiveFacts | None = None,
 ) -> Subject:
     """Look at a system once, for all rules.
@@ -246,10 +254,22 @@ async def gather(
     Args:
         reader: of the disk; None where it could not be opened.
     Raises:
-        OSError, FormatError: its folders can't be read. StoreError: the disk can't be read.
+        StoreError: the disk can't be read. What else can't be read is noted in `problems`.
     """
+    problems: list[str] = []
+
+    async def told(look: Awaitable[T], nothing: T) -> T:
+        """A fact, or nothing with a note why. What one folder hides must not hide the rest."""
+        try:
+            return await look
+        except OSError as error:
+            problems.append(f"{error.filename or 'a file'}: {why_unreadable(error)}")
+        except FormatError as error:
+            problems.append(f"its filesystem is damaged: {error.message}")
+        return nothing
+
     fstab = parse_fstab(await read_text(view, "/etc/fstab"), volumes)
-    menus = await find_menus(view)
+    menus = await told(find_menus(view), BootMenus(entries=(), files=(), problems=(), loaders=()))
     root = _root_of(fstab, menus, volumes)
     return Subject(
         view=view,
@@ -259,14 +279,16 @@ async def gather(
         table_problem=table_problem,
         volumes=volumes,
         boot_code=await find_boot_code(reader, table) if reader is not None and table is not None else None,
-        distribution=await find_distribution(view) or Distribution(),
+        distribution=await told(find_distribution(view), None) or Distribution(),
         fstab=fstab,
         menus=menus,
-        kernels=tuple(await find_kernels(view, menus)),
-        packages=await find_packages(view),
-        blacklist=await find_blacklist(view),
+        kernels=tuple(await told(find_kernels(view, menus), [])),
+        packages=await told(find_packages(view), Packages(manager="none", problem="it can't be read")),
+        blacklist=await told(find_blacklist(view), Blacklist(modules={})),
         root=root,
-        esp_folder=await _esp_folder(view, fstab),
+        esp_folder=await told(_esp_folder(view, fstab), None),
+        problems=problems,
+        no_system=no_system,
         live=live,
     )
 

@@ -234,8 +234,8 @@ async def gate(profile: Profile, plan: RunPlan, events: EventStream) -> tuple[Fi
             f"{profile.name}: {first.message}"
             + (f" ({', '.join(map(str, first.evidence))})" if first.evidence else ""),
             operation="preflight",
-            hint=f"{blocks} findings block ({', '.join(ids)}). All of them with their remedies: pipeline preflight "
-            f"{wanted.place} --profile {target.profile}\n  To go on all the same: [target] ignore = {_listed(list(ids))}",
+            hint=f"{blocks} findings block. All of them, and what to do: pipeline preflight {wanted.place} "
+            f"--profile {target.profile}\n  To go on all the same: [target] ignore = {_listed(list(ids))}",
         )
     return findings
 

@@ -7,16 +7,11 @@ found there is not in the image.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.errors import FormatError
-from pipeline.flow.items import RangeReader
-from stages.disk.reading import CachedReader, Window
-from stages.disk.signatures import Signature, identify
-from stages.disk.tables import PartitionTable
-from stages.disk.usage import Refusal, UsedMap
+from stages.disk.volumes import DiskVolumes
 
 # Names that the kernel counts: what they mean depends on what else is there.
 _COUNTED = re.compile(r"/dev/(dm-\d+|loop\d+(p\d+)?|ram\d+|nbd\d+(p\d+)?|drbd\d+)")
@@ -36,7 +31,8 @@ class Volume:
         number: of its partition; None for a logical volume and for a disk without partitions.
         kind: as `identify` names it: ext4, xfs, swap, vfat ...
         part_uuid, part_label: of the partition that it fills.
-        state: whether it was unmounted cleanly.
+        state: whether it was unmounted cleanly, as its superblock says.
+        dirty: why its content may not be the last that was written; empty where nothing says so.
         inside: "lvm" for a logical volume.
     """
 
@@ -49,6 +45,7 @@ class Volume:
     part_uuid: str = ""
     part_label: str = ""
     state: str = "unknown"
+    dirty: str = ""
     inside: Literal["", "lvm"] = ""
 
     @property
@@ -91,7 +88,7 @@ class Volumes:
         self.opaque = tuple(opaque)
         self._disk_name = disk_name
 
-    def __iter__(self):  # type: ignore[no-untyped-def]  # an iterator of volumes
+    def __iter__(self) -> Iterator[Volume]:
         return iter(self._volumes)
 
     def __len__(self) -> int:
@@ -171,109 +168,43 @@ def partition_path(disk: str, number: int) -> str:
     return f"/dev/{disk}{'p' if disk[-1:].isdigit() else ''}{number}"
 
 
-async def find_volumes(reader: RangeReader, table: PartitionTable, *, disk_name: str = "") -> Volumes:
-    """Look at every partition of a disk, and at the logical volumes inside.
+def known_volumes(disk: DiskVolumes, *, disk_name: str = "") -> Volumes:
+    """The volumes of a disk that was opened.
 
     Args:
         disk_name: `sda`, where the disk is one of this machine.
-    Raises:
-        StoreError: the disk can't be read.
     """
-    from stages.disk.lvm import map_volumes
-
-    cached = CachedReader(reader)
     shown = disk_name or "sda"
     found: list[Volume] = []
     opaque: list[str] = []
-    members: list[Window] = []
-    parts = [one for one in table.partitions if not one.is_extended]
-    if not parts:
-        signature = await identify(cached, 0, reader.size)
-        return Volumes([_volume(signature, (f"/dev/{shown}",), None, reader.size)], disk_name=disk_name)
-    for part in parts:
-        length = min(part.length, reader.size - part.start)
-        if length <= 0:
-            continue
-        signature = await identify(cached, part.start, length)
-        names = (partition_path(shown, part.number),)
-        found.append(_volume(signature, names, part.number, length, part.uuid, part.name))
-        if signature.kind == "lvm2":
-            members.append(Window(cached, part.start, length))
-        elif signature.kind in ("luks", "md", "bcache", "zfs_member", "ambiguous", "bitlocker"):
+    for one in disk.volumes:
+        if one.group:
+            mapped = f"{one.group.replace('-', '--')}-{one.logical.replace('-', '--')}"
+            names: tuple[str, ...] = (f"/dev/mapper/{mapped}", f"/dev/{one.group}/{one.logical}")
+        else:
+            names = (partition_path(shown, one.number),) if one.number is not None else (f"/dev/{shown}",)
+        signature = one.signature
+        if signature.kind in _OPAQUE or (one.group and signature.kind == "unknown"):
             opaque.append(f"{names[0]} ({signature.kind})")
-    if members:
-        groups: list[tuple[str, Signature, int]] = []
-
-        async def look(volume: RangeReader) -> UsedMap | Refusal:
-            signature = await identify(volume, 0, volume.size)
-            groups.append((getattr(volume, "name", ""), signature, volume.size))
-            return Refusal(signature.kind, "only looked at")
-
-        answers = await map_volumes(members, look)
-        names_of_groups = _group_names(answers)
-        for name, signature, size in groups:
-            group = next((group for group, volume in names_of_groups if volume == name), "")
-            if signature.kind in ("luks", "md", "bcache"):
-                opaque.append(f"{group}/{name} ({signature.kind})")
-            found.append(_logical(group, name, signature, size))
-        for answer in answers:
-            if isinstance(answer, Refusal):
-                opaque.append(f"a physical volume: {answer.reason}")
-            else:
-                known = {volume for _, volume in names_of_groups if volume in {one[0] for one in groups}}
-                for group, volume in names_of_groups:
-                    if volume not in known:
-                        # It is there, though nothing of it can be read here: a thin volume, a mirror, half of one.
-                        found.append(_logical(group, volume, Signature(kind="unknown"), 0))
-                        opaque.append(f"{group}/{volume}")
-    return Volumes(_unique(found), disk_name=disk_name, opaque=tuple(dict.fromkeys(opaque)))
+        found.append(
+            Volume(
+                names=names,
+                number=one.number,
+                kind="vfat" if signature.kind in ("fat12", "fat16", "fat32") else signature.kind,
+                size=one.length,
+                uuid=signature.uuid,
+                label=signature.label,
+                part_uuid=one.partition.uuid if one.partition else "",
+                part_label=one.partition.name if one.partition else "",
+                state=signature.state,
+                dirty=(one.tree.dirty or "") if one.tree is not None else "",
+                inside="lvm" if one.group else "",
+            )
+        )
+    if any(one.kind == "lvm2" for one in found) and not any(one.inside for one in found):
+        opaque.append("a volume group that could not be read")
+    return Volumes(found, disk_name=disk_name, opaque=opaque)
 
 
-def _unique(volumes: list[Volume]) -> list[Volume]:
-    seen: set[tuple[str, ...]] = set()
-    return [one for one in volumes if not (one.names in seen or seen.add(one.names))]  # type: ignore[func-returns-value]
-
-
-def _group_names(answers: Sequence[UsedMap | Refusal]) -> list[tuple[str, str]]:
-    """(group, volume) of every logical volume, from the notes `group/volume: ...` of the map."""
-    found = []
-    for answer in answers:
-        if isinstance(answer, UsedMap):
-            for note in answer.notes:
-                group, slash, volume = note.partition(":")[0].partition("/")
-                if slash:
-                    found.append((group, volume))
-    return list(dict.fromkeys(found))
-
-
-def _logical(group: str, name: str, signature: Signature, size: int) -> Volume:
-    mapped = f"{group.replace('-', '--')}-{name.replace('-', '--')}"
-    return _volume(signature, (f"/dev/mapper/{mapped}", f"/dev/{group}/{name}"), None, size, inside="lvm")
-
-
-def _volume(
-    signature: Signature,
-    names: tuple[str, ...],
-    number: int | None,
-    size: int,
-    part_uuid: str = "",
-    part_label: str = "",
-    inside: Literal["", "lvm"] = "",
-) -> Volume:
-    return Volume(
-        names=names,
-        number=number,
-        kind="vfat" if signature.kind in ("fat12", "fat16", "fat32") else signature.kind,
-        size=size,
-        uuid=signature.uuid,
-        label=signature.label,
-        part_uuid=part_uuid,
-        part_label=part_label,
-        state=signature.state,
-        inside=inside,
-    )
-
-
-def damaged(error: FormatError) -> str:
-    """Why a structure could not be read, for a message."""
-    return error.message
+# What may hold volumes that can't be looked into here.
+_OPAQUE = ("luks", "md", "bcache", "zfs_member", "ambiguous", "bitlocker")

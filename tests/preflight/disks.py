@@ -102,6 +102,7 @@ async def subject_of(
     live: LiveFacts | None = None,
     unreadable: str = "",
     disk_name: str = "",
+    no_system: str = "",
 ) -> Subject:
     """The facts about a system on a disk of one MBR partition with GRUB, unless said otherwise."""
     table = table or table_of()
@@ -114,6 +115,7 @@ async def subject_of(
         table_problem=unreadable,
         volumes=Volumes([volume(1)] if volumes is None else list(volumes), disk_name=disk_name, opaque=opaque),
         live=live,
+        no_system=no_system,
     )
 
 

@@ -40,7 +40,8 @@ VIRTIO = {
     "dm_mod": (),
 }
 BOOT_MODULES = ("virtio", "virtio_ring", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_blk",
-                "virtio_scsi", "sd_mod", "ext4", "jbd2", "xfs", "btrfs", "nvme", "hv_vmbus", "hv_storvsc", "dm_mod")  # fmt: skip
+                "virtio_scsi", "sd_mod", "ext4", "jbd2", "xfs", "btrfs", "nvme", "hv_vmbus", "hv_storvsc",
+                "dm_mod")  # fmt: skip
 _OPTIONS = ("VIRTIO", "VIRTIO_PCI", "VIRTIO_BLK", "VIRTIO_NET", "SCSI_VIRTIO", "BLK_DEV_SD", "EXT4_FS", "XFS_FS",
             "BTRFS_FS", "BLK_DEV_NVME", "ENA_ETHERNET", "HYPERV", "HYPERV_STORAGE", "HYPERV_NET", "VFAT_FS", "UDF_FS",
             "BLK_DEV_DM")  # fmt: skip
@@ -62,8 +63,9 @@ def kernel_files(
     """A folder of modules with its lists, and the kernel's configuration."""
     modules = [one for one in VIRTIO if one not in builtin and one not in missing]
     files: dict[str, Content] = {f"{base}/{version}/{module_path(one, suffix)}": b"\x7fELF" for one in modules}
+    there = set(modules)
     files[f"{base}/{version}/modules.dep"] = "".join(
-        f"{module_path(one, suffix)}: {' '.join(module_path(need, suffix) for need in VIRTIO[one] if need in modules)}\n"
+        f"{module_path(one, suffix)}: {' '.join(module_path(need, suffix) for need in VIRTIO[one] if need in there)}\n"
         for one in modules
     )
     files[f"{base}/{version}/modules.builtin"] = (

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import lzma
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import zstandard
 
 from pipeline.units import MiB
 from stages.preflight.initramfs import Contents, UnreadableInitramfs, read_contents
+from tests.preflight import systems
+from tests.preflight.disks import findings_of, subject_of, target_of
 from tests.preflight.initrds import CODECS, cpio, cpio_by_tool, packed, packed_by_tool
+from tests.preflight.trees import MadeView
 
 VERSION = "6.1.0-13-amd64"
-WANTED = ("virtio_blk", "virtio_pci")
 
 
 def names_read(data: bytes, *, step: int = 64 * 1024) -> Contents:
@@ -22,31 +25,60 @@ def names_read(data: bytes, *, step: int = 64 * 1024) -> Contents:
     return read_contents(lambda offset, length: data[offset : offset + length], len(data), step=step)
 
 
+MODULES = ("virtio", "virtio_ring", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_blk",
+           "ext4", "jbd2")  # fmt: skip
+
+
 def module_files(suffix: str, *, with_virtio: bool = True) -> list[str]:
     """What the main archive has."""
-    modules = ("virtio-blk", "virtio_pci") if with_virtio else ("ahci", "usb-storage")
+    # Files are called with - or _ as their makers liked; to the kernel both are one module.
+    modules = ("virtio-blk", *MODULES[:5], *MODULES[6:]) if with_virtio else ("ahci", "usb-storage", *MODULES[6:])
     return ["init", "conf/modules", *(f"usr/lib/modules/{VERSION}/kernel/drivers/{one}.ko{suffix}" for one in modules)]
 
 
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, bool], bytes]:
+    """Main archives by real cpio and the real compressor: (codec, suffix of modules, whether virtio is in it)."""
+
+    @functools.cache
+    def made(codec: str, suffix: str, with_virtio: bool) -> bytes:
+        plain = cpio_by_tool(tmp_path_factory.mktemp("initrd"), module_files(suffix, with_virtio=with_virtio))
+        return packed_by_tool(plain, codec)
+
+    return made
+
+
+def before_it(count: int) -> bytes:
+    """Plain archives with microcode, as dracut and initramfs-tools put them first."""
+    return b"".join(cpio([f"kernel/x86/microcode/Vendor{number}.bin", "early_cpio"]) for number in range(count))
+
+
+@pytest.mark.parametrize("state", ["present", "absent", "builtin", "blacklisted"])
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".zst"])
 @pytest.mark.parametrize("before", [0, 1, 2])
 @pytest.mark.parametrize("codec", CODECS)
-def test_modules_are_found_in_every_kind_of_initramfs(tmp_path: Path, codec: str, before: int, suffix: str) -> None:
-    """Microcode first, as a plain archive; real cpio and the real compressor for the rest."""
-    leading = b"".join(cpio([f"kernel/x86/microcode/Vendor{number}.bin", "early_cpio"]) for number in range(before))
-    main = packed_by_tool(cpio_by_tool(tmp_path / "present", module_files(suffix)), codec)
-    found = names_read(leading + main)
+async def test_virtio_is_judged_in_every_kind_of_initramfs(
+    archives: Callable[[str, str, bool], bytes], codec: str, before: int, suffix: str, state: str
+) -> None:
+    """Present passes, absent blocks, built in needs none, blacklisted blocks: whatever packed it, whatever is first."""
+    data = before_it(before) + archives(codec, suffix, state in ("present", "blacklisted"))
+    found = names_read(data)
     assert found.is_complete
-    assert all(found.has_module(VERSION, one) for one in WANTED)
+    assert found.members == ["cpio"] * before + (["cpio"] if codec == "none" else [codec])
     assert not found.has_module("6.6.0", "virtio_blk"), "modules of another kernel don't count"
-    assert "conf/modules" in found.names
-    kinds = ["cpio"] * before + (["cpio"] if codec == "none" else [codec])
-    assert found.members == kinds
-    without = packed_by_tool(cpio_by_tool(tmp_path / "absent", module_files(suffix, with_virtio=False)), codec)
-    lacking = names_read(leading + without)
-    assert lacking.is_complete
-    assert not any(lacking.has_module(VERSION, one) for one in WANTED)
-    assert lacking.has_module(VERSION, "usb_storage")
+    builtin = MODULES if state == "builtin" else ()
+    files = systems.debian_files()
+    files = {path: content for path, content in files.items() if not path.startswith("/lib/modules/")}
+    files |= systems.kernel_files(VERSION, suffix=suffix, builtin=builtin)
+    files[f"/boot/initrd.img-{VERSION}"] = data
+    if state == "blacklisted":
+        files["/etc/modprobe.d/local.conf"] = "blacklist virtio_blk\n"
+    subject = await subject_of(MadeView(files))
+    findings = await findings_of(subject, target_of(subject), "drv.virtio.initramfs", "drv.virtio.blacklist")
+    statuses = {one.id: (one.status, one.severity) for one in findings}
+    block, ok = ("fail", "block"), ("pass", "info")
+    assert statuses["drv.virtio.initramfs"] == (block if state == "absent" else ok)
+    assert statuses["drv.virtio.blacklist"] == (block if state == "blacklisted" else ok)
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -66,7 +66,8 @@ def test_the_import_command_names_the_object(name: str, mode: str) -> None:
 def test_a_faulty_profile_is_told_with_every_place(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(
-        'name = "mine"\ntitel = "Mine"\nmax_virtual = "lots"\n[drivers]\nblok = []\n[[severity]]\nid = "x"\nlevel = "hard"\n'
+        'name = "mine"\ntitel = "Mine"\nmax_virtual = "lots"\n[drivers]\nblok = []\n'
+        '[[severity]]\nid = "x"\nlevel = "hard"\n'
     )
     with pytest.raises(ConfigError) as caught:
         load_profile(file)

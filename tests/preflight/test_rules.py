@@ -840,9 +840,7 @@ CASES = [
         "warn",
         "one card by its address",
         f"{NETPLAN}:6",
-        files={
-            NETPLAN: "network:\n version: 2\n ethernets:\n  a:\n   match:\n    macaddress: 00:11:22:33:44:55\n   dhcp4: true\n"
-        },
+        files={NETPLAN: "network:\n version: 2\n ethernets:\n  a:\n   match:\n    macaddress: 00:11:22:33:44:55\n"},
     ),
     fails(
         "hw.nic",
@@ -885,6 +883,9 @@ CASES = [
     fails("hw.console", "info", "no serial console", f"{CFG}:4", files=menu(arguments="quiet")),
     fails("hw.console", "warn", "no serial console", files=menu(arguments="quiet"), profile="gcp"),
     # Layout
+    passes("layout.system", "Debian GNU/Linux 12"),
+    fails("layout.system", "block", "no system was found", disk={"no_system": "nothing there"}),
+    unknown("layout.system", "no system was found", disk={"no_system": "x", "opaque": ("/dev/sda1 (luks)",)}),
     passes("layout.closure", "whole system lies on this disk"),
     fails(
         "layout.closure",
@@ -935,7 +936,7 @@ CASES = [
     fails("out.size", "block", "whole 1 GiB", profile="gcp", target={"virtual_size": 10 * GiB + MiB}),
     unknown("out.size", "could not be told", disk=UNREADABLE),
     skips("out.format", "no image"),
-    passes("out.format", "takes qcow2", target={"format": "qcow2"}),
+    passes("out.format", "takes qcow2", target={"format": "qcow2:zlib"}),
     fails("out.format", "block", "does not take vhdx", target={"format": "vhdx"}),
     fails("out.format", "block", "azure does not take vhd dynamic", target={"format": "vhd:dynamic"}, profile="azure"),
     skips("out.name", "no name yet"),
