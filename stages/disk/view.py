@@ -12,13 +12,12 @@ import errno
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 from pipeline.errors import FormatError
 from pipeline.units import MiB
 from stages.disk.fstab import Mountable, parse_fstab
 from stages.disk.paths import DEPTH_MAX, LINKS_MAX, failure, split
-from stages.disk.tree import READ_LIMIT, Entry, FileTree, Kind, Node, Space
+from stages.disk.tree import READ_LIMIT, Entry, FileTree, HasSubvolumes, Kind, Node, Space
 from stages.disk.volumes import DiskVolumes, Volume
 
 _NAME_MAX = 255
@@ -40,29 +39,6 @@ _MENU_ROOT = re.compile(
 )
 _SD = re.compile(r"/dev/((?:sd|hd|vd|xvd)[a-z]{1,2})(\d{0,3})")
 _NVME = re.compile(r"/dev/((?:nvme\d+n\d+|mmcblk\d+|nbd\d+|loop\d+))(?:p(\d{1,3}))?")
-
-
-@dataclass(frozen=True, slots=True)
-class Subvolume:
-    """A root inside of a filesystem that has several.
-
-    Attributes:
-        path: from the filesystem's top, without a slash in front; empty for the top itself.
-        root: its inode, for the tree.
-    """
-
-    number: int
-    path: str
-    root: int
-
-
-@runtime_checkable
-class HasSubvolumes(Protocol):
-    """A FileTree with several roots."""
-
-    async def subvolumes(self) -> tuple[Subvolume, ...]:
-        """All of them but the top. Raises FormatError."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,15 +6,21 @@ from collections.abc import Awaitable, Callable
 
 from pipeline.errors import FormatError
 from pipeline.flow.items import RangeReader
+from stages.disk.files.btrfs import open_btrfs
 from stages.disk.files.ext import open_ext
+from stages.disk.files.fat import open_fat
 from stages.disk.files.xfs import open_xfs
 from stages.disk.signatures import Signature, identify
 from stages.disk.tree import FileTree
 
 _OPENERS: dict[str, Callable[[RangeReader, Signature], Awaitable[FileTree]]] = {
+    "btrfs": open_btrfs,
     "ext2": open_ext,
     "ext3": open_ext,
     "ext4": open_ext,
+    "fat12": open_fat,
+    "fat16": open_fat,
+    "fat32": open_fat,
     "xfs": open_xfs,
 }
 
