@@ -46,7 +46,7 @@ async def _show(console: Console, config: ExportConfig, chain: WiredChain) -> in
     events = EventStream()
     events.subscribe(console.open_log(config.observe))
     check_observers(config.observe)
-    async with plan_run(config, chain, events) as plan:
+    async with plan_run(config, chain, events, is_rehearsal=True) as plan:
         width = max(len(what) for what, _ in plan.summary)
         for what, how_much in plan.summary:
             console.say(f"{what:<{width}}  {how_much}")
