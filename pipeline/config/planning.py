@@ -7,14 +7,23 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import anyio
 
-from pipeline.config.continuing import Attempt, begin_or_compare, describe, head_length, open_journal, told_resume
+from pipeline.config.continuing import (
+    Attempt,
+    begin_or_compare,
+    describe,
+    head_length,
+    journal_path,
+    open_journal,
+    told_resume,
+)
 from pipeline.config.options import Secret, without_secrets
 from pipeline.config.parse import MEMORY_MIN, ExportConfig, StageConfig
 from pipeline.config.wiring import WiredChain
@@ -174,11 +183,13 @@ async def plan_run(
     clock: Clock | None = None,
     fuse: bool = True,
     attempt: Attempt | None = None,
+    is_rehearsal: bool = False,
 ) -> AsyncIterator[RunPlan]:
     """Open the source read-only, ask the encoder and the writer, divide the memory; close both at the end.
 
     Args:
-        attempt: how a run that keeps a journal begins; None: it keeps none (a plan that is only looked at).
+        attempt: how a run that keeps a journal begins; None: it keeps none.
+        is_rehearsal: the plan is only looked at; nothing is frozen.
     Raises:
         PlanError: it can't work for this disk or this target. SourceError, StoreError: it could not be found out.
         AlreadyFinished: an earlier process of the export to be resumed published the image.
@@ -198,6 +209,8 @@ async def plan_run(
         clock=clock or RealClock(),
         export_name=config.export.name,
         order=chain.order,
+        is_rehearsal=is_rehearsal,
+        own_files=tuple(_own_files(config, chain)),
     )
     try:
         source = _build(chain.source, context)
@@ -340,6 +353,19 @@ async def plan_run(
                 await writer.close()
             if source is not None:
                 await source.close()
+
+
+def _own_files(config: ExportConfig, chain: WiredChain) -> Iterator[Path]:
+    """Local paths that a run writes to."""
+    yield config.export.manifest or config.file.absolute()
+    if config.export.journal != "off":
+        yield journal_path(config)
+    for asked in (config.observe.report, config.observe.prometheus, config.observe.log_file):
+        if asked is not None:
+            yield asked
+    target = getattr(chain.writer.options, "path", None)
+    if target is not None and not getattr(chain.writer.options, "url", None):
+        yield Path(target)
 
 
 def _build(stage: StageConfig, context: StageContext) -> Any:

@@ -122,6 +122,45 @@ def devices_below(mount: Mounted, *, root: Path = Path("/")) -> list[str]:
     return found
 
 
+def filesystems_of(path: Path, *, root: Path = Path("/")) -> list[str]:
+    """Devices of the filesystem that a path lies on (or will: its nearest folder), and of those below loop devices."""
+    found: list[str] = []
+    waiting = [path.absolute()]
+    for _ in range(_DEPTH_MAX):
+        if not waiting:
+            break
+        place = waiting.pop()
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        real = str(place.resolve())
+        inside = [
+            mount
+            for mount in mounts_here(root)
+            if real == mount.point or real.startswith(mount.point.rstrip("/") + "/")
+        ]
+        # The longest; of two at one place the later covers the earlier.
+        best = max(enumerate(inside), key=lambda one: (len(one[1].point), one[0]), default=None)
+        for device in _devices_of(best[1], root) if best else ():
+            found.append(device)
+            backing = _text(root / "sys/dev/block" / device / "loop/backing_file")
+            if backing:
+                waiting.append(Path(backing))
+    return found
+
+
+def bytes_written(disk: Path, *, root: Path = Path("/")) -> int | None:
+    """Bytes written to a device since the machine started; None for what is no device.
+
+    Source: Linux kernel documentation, "Block layer statistics in /sys/block/<dev>/stat", field 7.
+    """
+    status = os.stat(disk)
+    if not stat.S_ISBLK(status.st_mode):
+        return None
+    number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    fields = _text(root / "sys/dev/block" / number / "stat").split()
+    return int(fields[6]) * _SECTOR if len(fields) > 6 else None
+
+
 def _devices_of(mount: Mounted, root: Path) -> list[str]:
     """Devices that are mounted. btrfs mounts have numbers of their own, and may lie on several devices."""
     if (root / "sys/dev/block" / mount.device).exists():

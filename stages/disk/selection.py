@@ -6,7 +6,7 @@ the cut) win over both; what follows up to `size` is padding.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ async def select(
     *,
     sector_size: int | None = None,
     uses: Collection[Use] = (),
-    frozen: Collection[str] = (),
+    hold: Callable[[PartitionTable, Cut | None], Awaitable[Collection[str]]] | None = None,
     rounding: Rounding | None = None,
     large_sectors: bool = False,
     path: Path | None = None,
@@ -66,7 +66,8 @@ async def select(
     Args:
         sector_size: as the device says; None for an image.
         uses: who uses the disk now.
-        frozen: devices of those uses whose filesystem holds still.
+        hold: called when the cut is known and before blocks are looked up; the devices of those uses whose filesystem
+            holds still from then on.
         rounding: what the target wants of the size of the virtual disk.
         path: of a disk or file on this machine, which may run from it.
         large_sectors: also a disk that no guest with sectors of 512 bytes could read.
@@ -94,10 +95,11 @@ async def select(
             size_min=rounding.minimum if rounding else 0,
         )
         check_cut(closure, cut.kept)
+    frozen = await hold(table, cut) if hold is not None else ()
     found = None
     if wanted.only_used:
         found = await map_disk(
-            cached,
+            reader,  # not what was kept of it: a filesystem may have come to rest since
             size,
             table=table,
             unmapped=why_unmapped(table, uses, cut, frozen),

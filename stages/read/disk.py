@@ -15,6 +15,7 @@ import stat
 import struct
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,10 +29,16 @@ from pipeline.flow.items import Block, Content, Run, Why
 from pipeline.flow.pacing import RateLimit
 from pipeline.flow.parallel import in_thread
 from pipeline.flow.stage import BLOCKS, DISK_SIZE, NOTHING, SourceInfo, StageContext, StageSpec, option
-from pipeline.units import KiB, MiB, Size, round_up
+from pipeline.units import Duration, KiB, MiB, Size, round_up
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from stages.disk.cuts import Cut
+    from stages.disk.freezing import Freeze
+    from stages.disk.occupancy import Use
     from stages.disk.selection import Selection
+    from stages.disk.tables import PartitionTable
 
 # linux/fs.h
 _BLKGETSIZE64 = 0x80081272
@@ -61,6 +68,15 @@ class Options:
     )
     block_size: Literal["auto", "2 MiB", "4 MiB"] = option(
         "auto", doc="The window that is read at once; auto is 2 MiB where the image is compressed, else 4 MiB."
+    )
+    consistency: Literal["live", "offline", "freeze"] = option(
+        "live",
+        doc="Of filesystems that are mounted read-write: live copies them as they change, whole, and the manifest says "
+        "so; offline refuses them; freeze holds them still until all is stored (fsfreeze, thawed by a watchdog).",
+        may_change=True,
+    )
+    freeze_timeout: Duration = option(
+        Duration(600), doc="A freeze ends after so long at the latest; then the run fails.", may_change=True
     )
     rate_limit: Size | None = option(
         None, doc='Read at most this much a second, as in "200 MiB", where others need the disk too.', may_change=True
@@ -95,6 +111,7 @@ class Told:
 
 PARTITIONS: Fact[Told] = Fact("partitions", Told)
 BLOCKS_TAKEN: Fact[Told] = Fact("blocks", Told)
+CONSISTENCY: Fact[Told] = Fact("consistency", Told)
 
 
 class DiskReader:
@@ -108,6 +125,9 @@ class DiskReader:
         self._limit = RateLimit(context.clock, options.rate_limit)
         self._size = 0  # of the disk; the selection has that of the virtual disk
         self._selection: Selection | None = None
+        self._freeze: Freeze | None = None
+        self._live: tuple[Use, ...] = ()  # who can write to what is taken
+        self._written = 0  # bytes, when the copy began
         self._hole = range(0)  # the last one that was found
         self._fd = -1
         self._map_fd = -1
@@ -129,12 +149,16 @@ class DiskReader:
         return await self._select(info) if info.size else info
 
     async def _select(self, info: SourceInfo) -> SourceInfo:
-        """Decide what is taken of the disk."""
-        from stages.disk.occupancy import uses_of
-        from stages.disk.selection import Wanted, select, why_unmapped
+        """Decide what is taken of the disk, and hold it still where that is wanted."""
+        from stages.disk.occupancy import bytes_written, uses_of
+        from stages.disk.selection import Wanted, select
 
         options = self._options
         uses = await in_thread(self._context.threads, lambda: uses_of(self._path))
+
+        async def hold(table: PartitionTable, cut: Cut | None) -> Collection[str]:
+            return await self._hold(uses, table, cut)
+
         chosen = await select(
             _Ranges(self, self._context.threads),
             Wanted(
@@ -146,10 +170,12 @@ class DiskReader:
             ),
             sector_size=info.sector_size if self._is_device else None,
             uses=uses,
+            hold=hold,
             rounding=self._context.rounding,
             path=self._path,
         )
         self._selection = chosen
+        self._written = bytes_written(self._path) or 0
         self._context.facts.put(PARTITIONS, Told({"table": chosen.table.kind, "partitions": chosen.partitions()}))
         self._context.facts.put(
             BLOCKS_TAKEN,
@@ -162,19 +188,74 @@ class DiskReader:
                 }
             ),
         )
-        busy = why_unmapped(chosen.table, uses, None) if chosen.map else {}
-        taken = [number for number in busy if not number or not chosen.cut or number in chosen.cut.kept]
         return replace(
             info,
             size=chosen.size,
             mapped_bytes=min(info.mapped_bytes, chosen.used_bytes),
             identity={**info.identity, **chosen.identity},
             summary=tuple(chosen.summary()),
-            notes=tuple(
-                f"{f'partition {number}' if number else 'the disk'} is copied whole, because {busy[number]}"
-                for number in sorted(taken)
-            ),
+            notes=tuple(self._notes()),
         )
+
+    async def _hold(self, uses: Collection[Use], table: PartitionTable, cut: Cut | None) -> Collection[str]:
+        """Refuse or freeze what is mounted read-write, as the options say; devices of what holds still then."""
+        from stages.disk.selection import printable, used_partitions
+
+        options = self._options
+        self._live = tuple(
+            use
+            for use in uses
+            if use.writable
+            and use.kind != "swap"
+            and (cut is None or used_partitions(table, use) & {0, *cut.kept} or not table.partitions)
+        )
+        if options.consistency == "offline" and self._live:
+            points = ", ".join(dict.fromkeys(printable(use.point) for use in self._live))
+            raise PlanError(
+                f"the disk is in use: {points}",
+                operation="open",
+                path=self._path,
+                hint='Unmount it, boot a rescue system, export a snapshot, or set consistency = "freeze" in read.disk.',
+            )
+        if options.consistency != "freeze" or not self._live or self._context.is_rehearsal:
+            return ()
+        from stages.disk.freezing import Freeze, refuse_own_files
+        from stages.disk.occupancy import mounts_here
+
+        targets: dict[str, str] = {}
+        for use in self._live:
+            if use.kind == "mount" and use.is_reachable:
+                targets.setdefault(use.device, use.point)
+        for use in self._live:
+            if use.device not in targets:
+                raise PlanError(
+                    f"{printable(use.point)} can't be frozen: it is not mounted where this process could reach it",
+                    operation="freeze",
+                    hint="Run it where it is mounted (outside of the container), or stop what holds it.",
+                )
+        refuse_own_files(tuple(targets.items()), self._context.own_files)
+        order = [mount.point for mount in mounts_here()]
+        # What was mounted last comes first: a filesystem in a file on another one has to reach that to come to rest.
+        latest_first = sorted(targets.values(), key=order.index, reverse=True)
+        self._freeze = await Freeze.begin(latest_first, timeout_s=options.freeze_timeout)
+        return [device for device, point in targets.items() if point in self._freeze.points]
+
+    def _notes(self) -> Iterator[str]:
+        from stages.disk.selection import printable
+
+        points = list(dict.fromkeys(printable(use.point) for use in self._live))
+        if self._freeze is not None:
+            yield f"frozen until every byte is stored: {', '.join(map(printable, self._freeze.points))}"
+            if self._freeze.unable:
+                unable = ", ".join(map(printable, self._freeze.unable))
+                yield f"can't be frozen, and is copied whole as it changes: {unable}"
+        elif points and self._options.consistency == "freeze":
+            yield f"will be frozen: {', '.join(points)}"
+        elif points:
+            yield (
+                f"mounted read-write at {', '.join(points)}: copied whole, as an image of many moments; "
+                'consistency = "freeze" in read.disk holds it still'
+            )
 
     def _open(self) -> SourceInfo:
         self._map_fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
@@ -236,6 +317,8 @@ class DiskReader:
             for block in batch:
                 # Before the window is handed out: what sleeps in a thread can't be cancelled.
                 await self._limit.wait(sum(run.length for run in block.runs if run.is_data))
+                if self._freeze is not None and not self._freeze.is_held:
+                    await self._thaw()
                 yield block
             if len(batch) < _RUNS_AT_ONCE:
                 return
@@ -337,21 +420,51 @@ class DiskReader:
         chosen.patch(block.offset, buffer[: block.length])
 
     async def conclude(self) -> None:
-        """See that what was taken for unused stayed so.
+        """See that what was taken for unused stayed so, thaw, and leave what was achieved as a fact.
 
         Raises:
             SourceError: a filesystem was written to while it was copied.
         """
+        from stages.disk.occupancy import bytes_written
+
         chosen = self._chosen
-        if chosen.map is None or await chosen.map.still_holds(_Ranges(self, self._context.threads)):
-            return
-        raise SourceError(
-            "the disk was written to while its used blocks were copied",
-            operation="read",
-            path=self._path,
-            hint='Unmount it, or set consistency = "freeze" in read.disk; blocks = "all" copies a disk in use, as an '
-            "image of many moments.",
+        if chosen.map is not None and not await chosen.map.still_holds(_Ranges(self, self._context.threads)):
+            raise SourceError(
+                "the disk was written to while its used blocks were copied",
+                operation="read",
+                path=self._path,
+                hint='Unmount it, or set consistency = "freeze" in read.disk; blocks = "all" copies a disk in use, as '
+                "an image of many moments.",
+            )
+        written = bytes_written(self._path)
+        frozen: tuple[str, ...] = ()
+        restless = tuple(dict.fromkeys(use.point for use in self._live))
+        if self._freeze is not None:
+            frozen, restless = self._freeze.points, self._freeze.unable
+            await self._thaw()
+        self._context.facts.put(
+            CONSISTENCY,
+            Told(
+                {
+                    "asked": self._options.consistency,
+                    "achieved": "live" if restless else "frozen" if frozen else "offline",
+                    "frozen": list(frozen),
+                    "changing": list(restless),
+                    "written_bytes": None if written is None else written - self._written,
+                }
+            ),
         )
+
+    async def _thaw(self) -> None:
+        """Let the filesystems go. Raises SourceError where they were not held up to now."""
+        from stages.disk.freezing import not_held
+
+        freeze, self._freeze = self._freeze, None
+        if freeze is None:
+            return
+        with anyio.CancelScope(shield=True):
+            if not await freeze.end():
+                raise not_held(self._options.freeze_timeout, self._path)
 
     def read_exactly(self, offset: int, length: int) -> bytes:
         """Bytes of the disk as it is. Threads: any. Raises SourceError."""
@@ -398,7 +511,10 @@ class DiskReader:
         )
 
     async def close(self) -> None:
-        """Close both descriptors; idempotent."""
+        """Thaw, and close both descriptors; idempotent."""
+        if self._freeze is not None:
+            with suppress(SourceError):  # said already, or of no importance any more
+                await self._thaw()
         for fd in (self._fd, self._map_fd):
             if fd >= 0:
                 os.close(fd)
@@ -487,5 +603,5 @@ SPEC = StageSpec(
     takes=NOTHING,
     gives=BLOCKS,
     build=DiskReader,
-    provides=(DISK_SIZE, PARTITIONS, BLOCKS_TAKEN),
+    provides=(DISK_SIZE, PARTITIONS, BLOCKS_TAKEN, CONSISTENCY),
 )

@@ -74,8 +74,8 @@ def test_the_disk_of_the_guide_is_counted_right(disk: Disk, tmp_path: Path) -> N
 def test_table_filesystems_and_what_is_copied_are_shown(disk: Disk, image: Path) -> None:
     said = disk(image)
     assert said.code == 0, said.err
-    for told in ("MBR cafe0001", "ext4", "swapping", "swap", "fat16", "DATA", "boot", "extended", "not copied"):
-        assert told in said.out, told
+    for word in ("MBR cafe0001", "ext4", "swapping", "swap", "fat16", "DATA", "boot", "extended", "not copied"):
+        assert word in said.out, word
     assert ESCAPE not in said.out
     [told] = disk(image, "--json").objects
     assert [one["number"] for one in told["partitions"]] == [1, 2, 3, 5]

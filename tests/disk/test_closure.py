@@ -30,8 +30,8 @@ def table(*partitions: Partition, chain: tuple[int, ...] = ()) -> PartitionTable
     )
 
 
-def part(number: int, **more: str) -> Partition:
-    return Partition(number=number, start=number * 8 * MiB, length=8 * MiB, **{"type": "0x83", **more})
+def part(number: int, *, type: str = "0x83", name: str = "", uuid: str = "") -> Partition:
+    return Partition(number=number, start=number * 8 * MiB, length=8 * MiB, type=type, name=name, uuid=uuid)
 
 
 class Etc:
