@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import anyio
 import anyio.to_thread
@@ -834,3 +835,46 @@ async def test_a_long_flush_does_not_make_the_writes_behind_it_look_lost(target:
                 await anyio.Event().wait()
             answer.set()
     assert not session.lost
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_marks_often")
+@pytest.mark.parametrize("how", ["killed", "blackhole", "refuse"])
+async def test_a_server_that_was_away_for_long_is_no_loss(
+    own_openssh: OpenSsh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: Literal["killed", "blackhole", "refuse"]
+) -> None:
+    """Longer than any patience: the run ends, and another process goes on when the server is back."""
+    real = SftpWriter.__init__
+
+    def hasty(writer: SftpWriter, *given: object, **named: object) -> None:
+        policy = RetryPolicy(attempts=2, deadline_s=3)
+        real(writer, *given, patience=Patience(connect_s=1, login_s=5, progress_s=1), retry_policy=policy)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SftpWriter, "__init__", hasty)
+    async with Link(own_openssh.server.port, Network()) as link:
+        known = own_openssh.server.knows(link.port, tmp_path / "known")
+        target = Target(own_openssh.server, tmp_path, port=link.port, known_hosts=known)
+        write_disk(tmp_path / "disk", "ABCDEFGHIJKLMNOPQRSTUVWXYZ" * 2, MiB)
+        toml = target.toml("verify.readback")
+        real_mark = resume.RunJournal.note_mark
+        marks: list[int] = []
+
+        def mark(journal: resume.RunJournal, reached: int) -> None:
+            real_mark(journal, reached)
+            marks.append(reached)
+            if reached > 8 * MiB and len(marks) < 100:
+                marks.extend([reached] * 100)
+                own_openssh.kill() if how == "killed" else link.cut(how)
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(resume.RunJournal, "note_mark", mark)
+            with anyio.fail_after(60), pytest.raises(KeptError):
+                await export(toml, attempt=Attempt())
+        if how == "killed":
+            await anyio.to_thread.run_sync(own_openssh.restart)
+        link.mend()
+        outcome = await export(toml, attempt=RESUME, events=target.events)
+    assert outcome.state == "identical"
+    [resumed] = [event for event in target.events if isinstance(event, RunResumed)]
+    assert resumed.image_bytes > 8 * MiB
+    assert target.left == [target.name, f"{target.name}.manifest.json"]
