@@ -19,6 +19,7 @@ VERBS = {
     "uploads": ("pipeline.commands.uploads", "Find and remove what runs left behind in a store."),
     "convert": ("pipeline.commands.convert", "Convert a disk or image into another image, over paths and URLs."),
     "inspect": ("pipeline.commands.inspect", "Look at an image of any format: info, check and map, by ranges."),
+    "prove": ("pipeline.commands.prove", "Prove an image where it is stored: check it, and boot it."),
     "serve": ("pipeline.commands.serve", "Serve an image as an NBD disk, for other tools and for booting."),
     "init": ("pipeline.commands.init", "Write an export file for this machine."),
     "report": ("pipeline.commands.report", "Draw the page of a run from its manifest."),
