@@ -24,6 +24,7 @@ VERBS = {
     "ls": ("pipeline.commands.ls", "List files on a disk in an image, wherever it is stored."),
     "cat": ("pipeline.commands.cat", "Write one file of a disk in an image to stdout."),
     "disk": ("pipeline.commands.disk", "Show what is on a disk or image and what an export would copy."),
+    "prove": ("pipeline.commands.prove", "Prove an image where it is stored: check it, and boot it."),
     "serve": ("pipeline.commands.serve", "Serve an image as an NBD disk, for other tools and for booting."),
     "init": ("pipeline.commands.init", "Write an export file for this machine."),
     "report": ("pipeline.commands.report", "Draw the page of a run from its manifest."),

@@ -11,6 +11,8 @@ from stages.read import image as image_source
 from stages.sparse import zeros
 from stages.verify import readback, receipt, sample
 from stages.write import device, file, http, nbd, null, pipe, s3, sftp
+from stages.verify import prove, readback, receipt, sample
+from stages.write import device, file, nbd, null, pipe, s3, sftp
 
 CATALOG = Catalog(
     (
@@ -41,5 +43,6 @@ CATALOG = Catalog(
         receipt.SPEC,
         sample.SPEC,
         readback.SPEC,
+        prove.SPEC,
     )
 )
