@@ -115,7 +115,7 @@ async def run_chain(
         profile: of [target]; its rules are asked before the first byte moves.
     """
     _keep_the_heap_small()
-    from pipeline.events import Event, EventStream, RunFailed, UploadKept
+    from pipeline.events import Event, EventStream, PreflightDone, RunFailed, UploadKept
     from pipeline.flow.stage import NOTHING
     from pipeline.observe.progress import make_display, summary_lines
 
@@ -133,6 +133,9 @@ async def run_chain(
     def note_kept(event: Event) -> None:
         if isinstance(event, UploadKept):
             kept.append(event)
+        elif isinstance(event, PreflightDone) and event.warnings and not quiet and not console.as_json:
+            shown = ", ".join(dict.fromkeys(str(one["id"]) for one in event.findings if one["severity"] == "warn"))
+            console.note(f"preflight for {event.profile}: {event.warnings} warnings ({shown}); the manifest has them")
 
     def cleaned() -> str:
         if kept:

@@ -91,6 +91,12 @@ def verdict_of(findings: tuple[Finding, ...]) -> Verdict:
     return "warnings" if any(one.warns for one in findings) else "ready"
 
 
+def _shown(text: str) -> str:
+    """Text from a disk as it may go anywhere: nothing that acts on a terminal, nothing that is no Unicode."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
 def passed(message: str, *evidence: Evidence) -> Outcome:
     """It was looked at and is right."""
     return Outcome(status="pass", message=message, evidence=evidence)
@@ -142,9 +148,9 @@ def weighed(id: str, outcome: Outcome, severity: Severity | None, *, is_ignored:
         id=id,
         severity=outcome.severity,
         status=outcome.status,
-        message=outcome.message,
-        remedy=outcome.remedy,
-        evidence=outcome.evidence,
+        message=_shown(outcome.message),
+        remedy=_shown(outcome.remedy),
+        evidence=tuple(Evidence(_shown(one.file), one.line) for one in outcome.evidence),
         is_command=outcome.is_command,
         is_ignored=is_ignored and outcome.status in ("fail", "unknown"),
     )

@@ -45,7 +45,8 @@ def script_text(subject: Subject, target: Target, findings: tuple[Finding, ...])
     ]
     seen: set[str] = set()
     # Lines of a file move when one above goes: from the last line up.
-    for one in sorted(failures, key=_by_line):
+    first = {_file(one): number for number, one in reversed(list(enumerate(failures)))}
+    for one in sorted(failures, key=lambda one: (first[_file(one)], -_line(one))):
         lines.append(f"# {one.severity}: {one.id}: {_comment(one.message)}")
         lines += [f"#   {_comment(str(place))}" for place in one.evidence[:1]]
         if not one.is_command:
@@ -63,9 +64,12 @@ def script_text(subject: Subject, target: Target, findings: tuple[Finding, ...])
     return "\n".join(lines), len(seen)
 
 
-def _by_line(finding: Finding) -> tuple[int, int]:
-    line = finding.evidence[0].line if finding.evidence else 0
-    return _ORDER[finding.severity], -line
+def _file(finding: Finding) -> str:
+    return finding.evidence[0].file if finding.evidence else finding.id
+
+
+def _line(finding: Finding) -> int:
+    return finding.evidence[0].line if finding.evidence else 0
 
 
 def _comment(text: str) -> str:

@@ -253,7 +253,7 @@ async def check_nic(subject: Subject, target: Target) -> AsyncIterator[Outcome]:
         # cloud-init writes a configuration of its own at first boot; without it nothing else brings the network up.
         alone = bool(tied) and not free and not agent and target.profile.hardware.nic
         yield failed(
-            "block" if alone and "address" in one.message else one.severity,
+            "block" if alone and "card by its address" in one.message else one.severity,
             one.message,
             *one.evidence,
             command=one.remedy if one.is_command else "",

@@ -154,7 +154,9 @@ async def find_kernels(view: View, menus: BootMenus) -> list[Kernel]:
 
 async def _kernel(view: View, image: str, entries: tuple[BootEntry, ...]) -> Kernel:
     unified = next((dict(one.inside) for one in entries if one.inside), None)
-    version = next((one.version for one in entries if one.version), "") or await version_of(view, image)
+    # The image itself knows best: a rescue entry is called 0-rescue, whatever kernel it starts.
+    said = next((one.version for one in entries if one.version), "")
+    version = said if unified is not None and said else await version_of(view, image) or said
     if unified is not None:
         section = unified.get(".initrd")
         initrds: tuple[Initrd, ...]

@@ -21,7 +21,7 @@ from stages.disk.tree import READ_LIMIT, Entry, Node, Space, View
 from stages.disk.view import open_system
 from stages.disk.volumes import open_volumes
 from stages.preflight.subject import LiveFacts, LiveMount, Subject, gather
-from stages.preflight.volumes import Volumes, known_volumes
+from stages.preflight.volumes import Volume, Volumes, known_volumes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,9 +71,12 @@ async def _live(root: Path, wanted: Wanted, stack: AsyncExitStack) -> Subject:
     name, place, problem = "", wanted.place, ""
     if not place:
         system = machine.system_disk()
+        problem = system.reason
         if system.disks:
             name, place = system.disks[0].name, system.disks[0].path
-        problem = system.reason
+            if root != Path("/"):
+                # Its /sys names a disk of another machine, or of this one by another name: never opened unasked.
+                place, problem = "", "no disk was named beside --root"
     elif is_block_device(place):
         name = Path(os.path.realpath(place)).name
     reader: RangeReader | None = None
@@ -87,6 +90,7 @@ async def _live(root: Path, wanted: Wanted, stack: AsyncExitStack) -> Subject:
             volumes = known_volumes(disk, disk_name=name)
         except (StoreError, FormatError) as error:
             reader, problem = None, str(error)
+            volumes = _named_by_udev(machine, name)
     ours = {name} if name else set()
     elsewhere = {spec: ", ".join(sorted(disks)) for spec, disks in machine.known_by_udev().items() if not disks & ours}
     mounts = tuple(
@@ -107,8 +111,20 @@ async def _live(root: Path, wanted: Wanted, stack: AsyncExitStack) -> Subject:
         table=table,
         volumes=volumes,
         table_problem=problem,
+        size=next((disk.size for disk in machine.disks() if disk.name == name), 0),
         live=live,
     )
+
+
+def _named_by_udev(machine: Machine, name: str) -> Volumes:
+    """What udev says is on a disk that can't be opened: enough to look names of fstab up."""
+    found = []
+    for spec, disks in machine.known_by_udev().items():
+        key, _, value = spec.partition("=")
+        if name in disks:
+            fields = {"UUID": "uuid", "LABEL": "label", "PARTUUID": "part_uuid", "PARTLABEL": "part_label"}
+            found.append(Volume(names=(), number=None, kind="unknown", size=0, **{fields[key]: value}))
+    return Volumes(found, disk_name=name, opaque=(f"/dev/{name}, which could not be opened",))
 
 
 async def _reader_of(wanted: Wanted, place: str, stack: AsyncExitStack) -> RangeReader:

@@ -246,6 +246,7 @@ async def gather(
     table: PartitionTable | None,
     volumes: Volumes,
     table_problem: str = "",
+    size: int = 0,
     no_system: str = "",
     live: LiveFacts | None = None,
 ) -> Subject:
@@ -253,6 +254,7 @@ async def gather(
 
     Args:
         reader: of the disk; None where it could not be opened.
+        size: of the disk in bytes, for that case.
     Raises:
         StoreError: the disk can't be read. What else can't be read is noted in `problems`.
     """
@@ -274,7 +276,7 @@ async def gather(
     return Subject(
         view=view,
         place=place,
-        size=reader.size if reader is not None else 0,
+        size=reader.size if reader is not None else size,
         table=table,
         table_problem=table_problem,
         volumes=volumes,

@@ -101,9 +101,15 @@ def _proposal(profile: Profile, made: str) -> str:
     """How to write the format that the profile wants; the same format in another variant where it takes that."""
     name = made.partition(":")[0]
     wanted = next((one for one in profile.formats if one.partition(":")[0] == name), profile.formats[0])
-    name, _, variant = wanted.partition(":")
+    stage, option = stage_for(wanted)
+    return f'write use = "{stage}"' + (f' with {option[0]} = "{option[1]}"' if option else "")
+
+
+def stage_for(format: str) -> tuple[str, tuple[str, str] | None]:
+    """The stage that makes a format of a profile, and the option (name, value) that it needs for it."""
+    name, _, variant = format.partition(":")
     option = _VARIANT_OPTION.get(name, "")
-    return f'write use = "encode.{name}"' + (f' with {option} = "{variant}"' if variant and option else "")
+    return f"encode.{name}", (option, variant) if variant and option else None
 
 
 def _at(config: ExportConfig, path: locate.Path, reason: str, hint: str) -> Fault:

@@ -14,6 +14,8 @@ from stages.preflight.findings import Evidence
 
 # A boot menu of a thousand entries has less; a longer list of configuration files is no configuration.
 FILES_MAX = 2000
+# What is read of one folder of configuration, in bytes. Real ones have some ten KiB.
+FOLDER_MAX = 16 * MiB
 # A line of configuration; what is behind it is not looked at.
 LINE_MAX = 64 * KiB
 PACKAGES_LIMIT = 64 * MiB
@@ -103,12 +105,16 @@ async def names_in(view: View, folder: str) -> tuple[str, ...]:
 
 async def texts_in(view: View, folder: str, *suffixes: str) -> tuple[Text, ...]:
     """The files of a folder with one of these suffixes, sorted by name."""
-    found = []
+    found: list[Text] = []
+    room = FOLDER_MAX
     for name in await names_in(view, folder):
         if not suffixes or name.endswith(suffixes):
-            text = await read_text(view, f"{folder}/{name}")
+            text = await read_text(view, f"{folder}/{name}", limit=min(READ_LIMIT, room))
             if text.exists:
                 found.append(text)
+                room -= sum(map(len, text.lines))
+                if room <= 0:
+                    break
     return tuple(found)
 
 

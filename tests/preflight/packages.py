@@ -23,8 +23,6 @@ _OF_THE_KERNEL = (
     "./lib/modules/*/kernel/drivers/net/virtio_net.ko*",
     "./lib/modules/*/kernel/drivers/net/net_failover.ko*",
     "./lib/modules/*/kernel/net/core/failover.ko*",
-    "./lib/modules/*/kernel/fs/ext4/*",
-    "./lib/modules/*/kernel/fs/jbd2/*",
 )
 
 
