@@ -200,6 +200,12 @@ class AlreadyFinished(PipelineError):
     exit_code = EXIT_OK
 
 
+def cause_of(error: LeftBehindError) -> str:
+    """Why the run failed whose clean-up failed too, in words."""
+    cause = first_error(error.cause)
+    return (str(cause) or type(cause).__name__) if isinstance(cause, Exception) else "interrupted"
+
+
 def leaves(error: BaseException) -> Iterator[BaseException]:
     """Every single error inside nested exception groups, in order."""
     if isinstance(error, BaseExceptionGroup):

@@ -9,8 +9,8 @@ from stages.encode import gce, ova, qcow2, raw, vhd, vhdx, vmdk
 from stages.read import disk, synthetic
 from stages.read import image as image_source
 from stages.sparse import zeros
-from stages.verify import readback, receipt, sample
-from stages.write import file, null, pipe, s3, sftp
+from stages.verify import prove, readback, receipt, sample
+from stages.write import device, file, http, nbd, null, pipe, s3, sftp
 
 CATALOG = Catalog(
     (
@@ -33,10 +33,14 @@ CATALOG = Catalog(
         file.SPEC,
         s3.SPEC,
         sftp.SPEC,
+        http.SPEC,
+        nbd.SPEC,
+        device.SPEC,
         pipe.SPEC,
         null.SPEC,
         receipt.SPEC,
         sample.SPEC,
         readback.SPEC,
+        prove.SPEC,
     )
 )

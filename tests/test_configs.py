@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from pipeline.flow.manifest import Manifest
+from pipeline.units import MiB
 from tests.decode.images import run
 from tests.disks.letters import write_disk
+from tests.disks.mounts import loop_device
 from tests.end_to_end.command import call
+from tests.stores.nbd import NbdServer
+from tests.stores.nginx import PASSWORD, USER, WebServer
 from tests.stores.openssh import SftpServer
 from tests.stores.s3 import S3Server
 
@@ -32,6 +37,8 @@ class Bench:
     server: S3Server
     bucket: str
     sftp: SftpServer
+    web: WebServer
+    stack: ExitStack
 
     def name_of(self, told: str) -> str:
         """The last part of a path or URL in a config."""
@@ -59,10 +66,30 @@ def _to_sftp(bench: Bench, stage: Stage) -> Overrides:
     }
 
 
+def _to_web(bench: Bench, stage: Stage) -> Overrides:
+    name = bench.name_of(stage["url"])
+    return {
+        "url": bench.web.url(f"private/{bench.folder.name}-{name}", stage["url"].partition(":")[0]),
+        "user": USER,
+        "ca_file": str(bench.web.ca_file),
+    }
+
+
 def _from_image(bench: Bench, stage: Stage) -> Overrides:
     image = bench.folder / f"source.{stage['format']}"
     run("qemu-img", "convert", "-f", "raw", "-O", stage["format"], str(bench.disk), str(image))
     return {"url": f"file://{image}"}
+
+
+def _to_nbd(bench: Bench, stage: Stage) -> Overrides:
+    return {"url": bench.stack.enter_context(NbdServer("nbdkit", "memory", "64M")).url(), "overwrite": "false"}
+
+
+def _to_device(bench: Bench, stage: Stage) -> Overrides:
+    blank = bench.folder / "blank"
+    with blank.open("wb") as file:
+        file.truncate(64 * MiB)
+    return {"path": str(bench.stack.enter_context(loop_device(blank, read_only=False)))}
 
 
 # What to change in a stage so that it runs here; a stage that is not named runs as it is written.
@@ -72,8 +99,15 @@ PLACES: dict[str, Callable[[Bench, Stage], Overrides]] = {
     "write.file": _to_file,
     "write.s3": _to_s3,
     "write.sftp": _to_sftp,
+    "write.http": _to_web,
+    "write.nbd": _to_nbd,
+    "write.device": _to_device,
     "write.pipe": lambda bench, _: {"command": f'["dd", "of={bench.folder / "image"}", "status=none"]'},
 }
+
+
+# What the configs take from the environment.
+SECRETS = {"WEBDAV_PASSWORD": PASSWORD}
 
 
 def stages_of(config: Path) -> list[dict[str, str]]:
@@ -103,7 +137,7 @@ def test_there_are_configs() -> None:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
 def test_config_is_right_as_it_stands(config: Path) -> None:
-    said = call("check", config)
+    said = call("check", config, env=SECRETS)
     assert said.code == 0, said.err
     assert " -> ".join(stage["use"] for stage in stages_of(config)) in said.out
 
@@ -118,10 +152,12 @@ def test_config_explains_itself(config: Path) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
 def test_config_exports_a_disk(
-    config: Path, seaweedfs: S3Server, sftp_server: SftpServer, tmp_path: Path, disk: Path
+    config: Path, seaweedfs: S3Server, sftp_server: SftpServer, web_server: WebServer, tmp_path: Path, disk: Path
 ) -> None:
-    bench = Bench(tmp_path, disk, seaweedfs, seaweedfs.new_bucket(), sftp_server)
-    said = call("run", config, "--json", *overrides(config, bench), env=seaweedfs.environment())
+    with ExitStack() as stack:
+        bench = Bench(tmp_path, disk, seaweedfs, seaweedfs.new_bucket(), sftp_server, web_server, stack)
+        env = {**seaweedfs.environment(), **SECRETS}
+        said = call("run", config, "--json", *overrides(config, bench), env=env)
     assert said.code == 0, said.err
     finished = said.last("run_finished")
     assert finished["disk_bytes"] == disk.stat().st_size

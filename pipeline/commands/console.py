@@ -24,6 +24,7 @@ from pipeline.errors import (
     LeftBehindError,
     PipelineError,
     PlanError,
+    cause_of,
     first_error,
     leaves,
 )
@@ -142,9 +143,7 @@ class Console:
             message = str(told)
             self.note(message if isinstance(told, Interrupted) else f"error: {message}")
             if isinstance(told, LeftBehindError):
-                cause = first_error(told.cause)
-                why = str(cause) or type(cause).__name__
-                self.note(f"  after: {why if isinstance(cause, Exception) else 'interrupted'}")
+                self.note(f"  after: {cause_of(told)}")
             if told.hint:
                 self.note(f"  {told.hint}")
             self._tell_failed(message, told.hint, told.exit_code)

@@ -52,7 +52,7 @@ async def _show(console: Console, config: ExportConfig, chain: WiredChain, profi
     events = EventStream()
     events.subscribe(console.open_log(config.observe))
     check_observers(config.observe)
-    async with plan_run(config, chain, events) as plan:
+    async with plan_run(config, chain, events, is_rehearsal=True) as plan:
         if profile is not None:
             from stages.preflight.target import check_plan
 

@@ -20,7 +20,7 @@ from pipeline.commands.console import (
     until_interrupted,
     verb,
 )
-from pipeline.errors import EXIT_FAILED, EXIT_OK, AlreadyFinished, PipelineError
+from pipeline.errors import EXIT_FAILED, EXIT_OK, AlreadyFinished, LeftBehindError, PipelineError, cause_of
 
 if TYPE_CHECKING:
     from pipeline.config.continuing import Attempt
@@ -158,7 +158,8 @@ async def run_chain(
     except Exception as error:
         told = error_to_tell(error)
         hint, code = (told.hint, told.exit_code) if isinstance(told, PipelineError) else ("", EXIT_FAILED)
-        events.emit(RunFailed(error=str(told), hint=hint, exit_code=code))
+        words = f"{told}; after: {cause_of(told)}" if isinstance(told, LeftBehindError) else str(told)
+        events.emit(RunFailed(error=words, hint=hint, exit_code=code))
         raise
     finally:
         if display is not None:

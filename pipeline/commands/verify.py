@@ -12,7 +12,7 @@ import click
 from pipeline.commands.console import Console, JsonEvents, run_async, until_interrupted, verb
 from pipeline.errors import EXIT_DIFFERS, EXIT_FAILED, EXIT_OK, FormatError
 from pipeline.units import MiB, format_exact
-from stages.store.stored import open_stored, read_manifest
+from stages.store.stored import image_of, open_stored, read_manifest
 
 if TYPE_CHECKING:
     from pipeline.events import EventStream
@@ -40,8 +40,11 @@ _EXIT_CODES = {"identical": EXIT_OK, "differs": EXIT_DIFFERS, "unproven": EXIT_F
 )
 @click.option("--seed", default="", help="For --level sample: look at the same places again. Else at others each time.")
 @click.option("--endpoint", default="", metavar="URL", help="Of an S3-compatible store.")
+@click.option(
+    "--manifest", default="", metavar="FILE|URL", help="The manifest, where it does not lie beside the image."
+)
 @verb
-def command(console: Console, image: str, level: Level, share: float, seed: str, endpoint: str) -> int:
+def command(console: Console, image: str, level: Level, share: float, seed: str, endpoint: str, manifest: str) -> int:
     """Compare a stored image with its manifest, which lies beside it under the same name and `.manifest.json`.
 
     Exits 0 when it is the disk that was exported, 3 when it is not, 1 when that could not be told.
@@ -51,10 +54,12 @@ def command(console: Console, image: str, level: Level, share: float, seed: str,
     sample = None
     if level == "sample":
         sample = Sample(seed=seed or secrets.token_hex(8), share=share, at_least=_SAMPLE_MIN)
-    return run_async(partial(_verify, console, image, level, endpoint, sample))
+    return run_async(partial(_verify, console, image, level, endpoint, sample, manifest))
 
 
-async def _verify(console: Console, image: str, level: Level, endpoint: str, sample: Sample | None) -> int:
+async def _verify(
+    console: Console, image: str, level: Level, endpoint: str, sample: Sample | None, manifest: str
+) -> int:
     from pipeline.events import EventStream
     from pipeline.flow.manifest import MANIFEST_SUFFIX
     from pipeline.observe.progress import make_display
@@ -71,7 +76,7 @@ async def _verify(console: Console, image: str, level: Level, endpoint: str, sam
         events.subscribe(display)
     try:
         verdict = await until_interrupted(
-            partial(_compare, image, level, endpoint, events, sample), console, cleaned="nothing was changed"
+            partial(_compare, image, level, endpoint, events, sample, manifest), console, cleaned="nothing was changed"
         )
     finally:
         if display is not None:
@@ -80,12 +85,15 @@ async def _verify(console: Console, image: str, level: Level, endpoint: str, sam
     return _EXIT_CODES[verdict.state]
 
 
-async def _compare(image: str, level: Level, endpoint: str, events: EventStream, sample: Sample | None) -> Verdict:
+async def _compare(
+    image: str, level: Level, endpoint: str, events: EventStream, sample: Sample | None, told: str
+) -> Verdict:
     """Raises FormatError for a manifest that is none, StoreError where image or manifest can't be read."""
     from stages.verify.receipt import judge, receipt_of
 
-    manifest = await read_manifest(image, endpoint)
-    async with open_stored(image, endpoint) as reader:
+    manifest = await read_manifest(image, endpoint, told)
+    async with open_stored(image, endpoint) as opened:
+        reader = image_of(opened, image, manifest)
         if level != "receipt":
             return await _read_back(reader, manifest, events, sample)
         return judge(receipt_of(reader, manifest.receipt), size=manifest.image.size)

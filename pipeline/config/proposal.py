@@ -93,7 +93,8 @@ def target_of(url: str, catalog: Catalog, endpoint: str = "") -> Target:
         raise ValueError(f"{writer.name} has no endpoint")
     if endpoint:
         options["endpoint"] = endpoint
-    if not PurePosixPath(url.rpartition("://")[2]).name or url.endswith("/"):
+    names_folder = not PurePosixPath(url.rpartition("://")[2]).name or url.endswith("/")
+    if names_folder and not scheme.startswith("nbd"):  # an export may have no name
         raise ValueError(f'"{url}" names a folder; name the image itself, for example {url.rstrip("/")}/web01.qcow2')
     return Target(writer=writer, options=options)
 

@@ -16,12 +16,12 @@ from itertools import pairwise
 
 import numpy as np
 import xxhash
-from awscrt.checksums import crc32c
 from numpy.typing import NDArray
 
 from pipeline.errors import FormatError
 from pipeline.flow.items import RangeReader
 from pipeline.units import GiB, KiB, MiB
+from stages.disk.checksums import crc32c
 from stages.disk.reading import read_each
 from stages.disk.usage import Numbers, RangeSet, Refusal, UsedMap, take_witness
 

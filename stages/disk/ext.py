@@ -10,12 +10,12 @@ import struct
 from dataclasses import dataclass
 
 import numpy as np
-from awscrt.checksums import crc32c
 from numpy.typing import NDArray
 
 from pipeline.errors import FormatError
 from pipeline.flow.items import RangeReader
 from pipeline.units import KiB, MiB
+from stages.disk.checksums import crc32c
 from stages.disk.reading import READ_MAX, read_each
 from stages.disk.usage import RangeSet, Refusal, UsedMap, set_runs, take_witness
 

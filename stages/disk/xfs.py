@@ -13,10 +13,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import numpy as np
-from awscrt.checksums import crc32c
 
 from pipeline.errors import FormatError
 from pipeline.flow.items import RangeReader
+from stages.disk.checksums import crc32c
 from stages.disk.reading import read_each
 from stages.disk.usage import Numbers, RangeSet, Refusal, UsedMap, take_witness
 

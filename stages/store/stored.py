@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING
 
 from pipeline.config.options import without_secrets
 from pipeline.errors import FormatError, PlanError, StoreError
 from pipeline.units import MiB
+from stages.store.file import local_path
 
 if TYPE_CHECKING:
     from pipeline.flow.items import RangeReader
@@ -44,15 +47,43 @@ def scheme_of(url: str) -> str:
     return url.partition("://")[0] if "://" in url else "file"
 
 
-async def read_manifest(image: str, endpoint: str) -> Manifest:
+def image_of(reader: RangeReader, image: str, manifest: Manifest) -> RangeReader:
+    """The image as its manifest has it: on a disk, which may be larger, only its first bytes."""
+    from stages.store.first_bytes import FirstBytes
+
+    if is_disk(image) and reader.size > manifest.image.size:
+        return FirstBytes(reader, manifest.image.size)
+    return reader
+
+
+def is_disk(place: str) -> bool:
+    """Whether a path or URL names a disk that is written in place: an NBD export, or a block device."""
+    if scheme_of(place) != "file":
+        return scheme_of(place).startswith("nbd")
+    try:
+        return stat.S_ISBLK(os.stat(local_path(place)).st_mode)
+    except OSError:
+        return False
+
+
+async def read_manifest(image: str, endpoint: str, told: str = "") -> Manifest:
     """The manifest of the image at a path or URL.
 
+    Args:
+        told: where it is, if not beside the image.
     Raises:
         FormatError: it is none, or contradicts itself. StoreError: it can't be read.
     """
     from pipeline.flow.manifest import Manifest, manifest_uri
 
-    where = manifest_uri(image)
+    if not told and is_disk(image):
+        raise StoreError(
+            "there is no place for a manifest beside a disk",
+            operation="read manifest",
+            image=without_secrets(image),
+            hint="Name the one that the export left on its machine: --manifest FILE.",
+        )
+    where = told or manifest_uri(image)
     try:
         async with open_stored(where, endpoint) as reader:
             if reader.size > _MANIFEST_MAX:

@@ -1,4 +1,4 @@
-"""Store pieces as a file that takes writes at any offset: the one driver for local files and SFTP.
+"""Store pieces in what takes writes at any offset: the one driver for files, SFTP, NBD and block devices.
 
 Pieces that lie well are written from the buffers they were read into; the rest is packed into staging buffers first.
 Zeros that nobody wrote are holes. A target that takes bytes in order only gets every one of them, zeros too.
@@ -42,7 +42,8 @@ class RangeDriver:
         in_flight: int,
         limit: RateLimit,
         journal: UploadJournal | None = None,
-        make_durable: Callable[[], Awaitable[None]] | None = None,
+        make_durable: Callable[[], Awaitable[bool]] | None = None,
+        clear: Callable[[int, int], Awaitable[None]] | None = None,
     ) -> None:
         """Prepare it; nothing is written before `store`.
 
@@ -50,7 +51,9 @@ class RangeDriver:
             staging: where pieces are packed; borrowed. Has at least two buffers.
             in_flight: batches being written at once.
             journal: notes how far the file is durable; says where the first piece comes.
-            make_durable: brings what was written to stable storage; wanted with a journal.
+            make_durable: brings what was written to stable storage, or says False where the target can't: then
+                nothing is noted, and nothing can be gone on with. Wanted with a journal.
+            clear: makes `length` bytes at an image offset zero, where what is never written is not zero already.
         """
         self._upload = upload
         self._context = context
@@ -61,6 +64,7 @@ class RangeDriver:
         self._room = anyio.Semaphore(in_flight)
         self._journal = journal
         self._make_durable = make_durable
+        self._clear = clear
         self._size = self._position = journal.start.position if journal is not None else 0
         self._guest_bytes = journal.start.guest_bytes if journal is not None else 0
         self._head_length = context.layout.head_length if context.layout is not None else 0
@@ -122,14 +126,15 @@ class RangeDriver:
             yield
             tasks.cancel_scope.cancel()
 
-    async def _mark(self, journal: UploadJournal, make_durable: Callable[[], Awaitable[None]]) -> None:
+    async def _mark(self, journal: UploadJournal, make_durable: Callable[[], Awaitable[bool]]) -> None:
         clock = self._context.clock
         pause = _MARK_EVERY_S
         while self._is_ascending:
             await clock.sleep(pause)
             reached, begun = self._settled(), clock.now()
             if reached > journal.mark:
-                await make_durable()
+                if not await make_durable():
+                    return
                 journal.note_mark(reached)
             pause = max(_MARK_EVERY_S, _MARK_SHARE * (clock.now() - begun))
 
@@ -149,7 +154,11 @@ class RangeDriver:
         if packer.is_open and (not follows or is_long_zero or (is_aligned(piece) and packer.at_unit)):
             await self._write(packer.take(), tasks)
             follows = False
-        if piece.data is None and not follows:
+        if piece.data is None and not follows and self._clear is not None:
+            self._writing[id(piece)] = piece.offset
+            await self._room.acquire()
+            tasks.start_soon(self._clear_piece, piece, self._clear)
+        elif piece.data is None and not follows:
             self._context.progress.acknowledge(guest_bytes=piece.guest_bytes, image_bytes=0)
         elif follows or not is_aligned(piece):
             async for full in packer.add(piece):
@@ -181,6 +190,15 @@ class RangeDriver:
             self._writing[id(batch)] = batch.parts[0][0]
             await self._room.acquire()
             tasks.start_soon(self._write_batch, batch)
+
+    async def _clear_piece(self, piece: Piece, clear: Callable[[int, int], Awaitable[None]]) -> None:
+        try:
+            with self._context.meter.working():
+                await clear(piece.offset, piece.length)
+            del self._writing[id(piece)]
+        finally:
+            self._room.release()
+        self._context.progress.acknowledge(guest_bytes=piece.guest_bytes, image_bytes=0)
 
     async def _write_batch(self, batch: Batch) -> None:
         try:

@@ -1,0 +1,1 @@
+"""Prove an image: digest, structure, filesystems, preflight and a boot, from where it is stored."""

@@ -1,0 +1,356 @@
+"""Whole proofs: disks that boot, from files and from an S3 server, and the same disks broken in many ways.
+
+Four boots here, about ten seconds each; the matrix is slow.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from pipeline.errors import EXIT_DIFFERS, EXIT_FAILED, EXIT_OK
+from pipeline.units import MiB
+from tests.chains import write_toml
+from tests.decode.images import run
+from tests.disks.bootable import Bootable, make_bootable
+from tests.end_to_end.command import Said, call
+from tests.stores.s3 import S3Server
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="the disks are made with loop mounts")
+
+Maker = Callable[[Bootable], Path]
+
+
+@pytest.fixture(scope="module")
+def disks(tmp_path_factory: pytest.TempPathFactory) -> Maker:
+    """Makes each disk once."""
+    folder = tmp_path_factory.mktemp("bootable")
+    made: dict[Bootable, Path] = {}
+
+    def make(wanted: Bootable) -> Path:
+        if wanted not in made:
+            made[wanted] = make_bootable(folder / f"disk{len(made)}.raw", wanted)
+        return made[wanted]
+
+    return make
+
+
+def export(disk: Path, target: Path, *encoder: str) -> Path:
+    """An image with its manifest beside it."""
+    toml = write_toml(
+        target.with_suffix(".toml"), f'read.disk; path = "{disk}"', "checksum.guest", "sparse.zeros", *encoder,
+        f'write.file; path = "{target}"',
+    )  # fmt: skip
+    said = call("run", toml, "--set", f"export.manifest={target.with_suffix('.local.json')}")
+    assert said.code == 0, said.err
+    return target
+
+
+def prove(image: Path | str, *more: str, env: dict[str, str] | None = None) -> tuple[Said, dict[str, str]]:
+    """What the command said, and the state of each step."""
+    said = call("prove", str(image), "--json", *more, env=env)
+    proved = [one for one in said.objects if one["type"] == "proved"]
+    return said, proved[-1]["steps"] if proved else {}
+
+
+def step(said: Said, name: str) -> dict[str, object]:
+    found: dict[str, object] = next(one for one in said.objects if one["type"] == "step" and one["name"] == name)
+    return found
+
+
+# ---- what boots ------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_in_a_bucket_is_proven_from_there(disks: Maker, seaweedfs: S3Server, tmp_path: Path) -> None:
+    """The whole way: export, verify by receipt, boot from the store; page, JUnit and figures."""
+    bucket = seaweedfs.new_bucket()
+    url = f"s3://{bucket}/web01.qcow2"
+    toml = write_toml(
+        tmp_path / "e.toml", f'read.disk; path = "{disks(Bootable())}"', "checksum.guest", "sparse.zeros",
+        "encode.qcow2", f'write.s3; url = "{url}"; endpoint = "{seaweedfs.endpoint}"',
+    )  # fmt: skip
+    environment = seaweedfs.environment()
+    assert call("run", toml, env=environment).code == 0
+    html, xml = tmp_path / "proof.html", tmp_path / "proof.xml"
+    more = ("--endpoint", seaweedfs.endpoint, "--report", str(html), "--junit", str(xml))
+    said, steps = prove(url, *more, env=environment)
+    assert said.code == EXIT_OK, said.out
+    assert steps == {
+        "digest": "passed", "structure": "passed", "filesystems": "passed", "preflight": steps["preflight"],
+        "boot": "passed",
+    }  # fmt: skip
+    assert "receipt" in str(step(said, "digest")["summary"]), "not a byte was read for it"
+    boot = step(said, "boot")
+    assert "web01 login:" in str(boot["log"])
+    evidence = boot["evidence"]
+    assert isinstance(evidence, dict)
+    size = seaweedfs.get(bucket, "web01.qcow2")
+    assert 0 < int(evidence["fetched_bytes"]) < len(size), "each byte at most once"
+    assert int(boot["screen_bytes"]) > 500  # type: ignore[call-overload]  # a number
+    assert "data:image/png" in html.read_text()
+    assert ElementTree.parse(xml).getroot().get("failures") == "0"
+    seaweedfs.delete_bucket(bucket)
+
+
+def test_a_disk_for_uefi_is_proven(disks: Maker) -> None:
+    disk = disks(Bootable(firmware="uefi"))
+    before = disk.stat().st_mtime_ns
+    said, steps = prove(disk, "--skip", "digest,preflight")
+    assert said.code == EXIT_OK, said.out
+    assert steps["boot"] == "passed"
+    assert disk.stat().st_mtime_ns == before
+    assert "clean" in str(step(said, "filesystems")["summary"])
+
+
+# ---- what does not ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wanted, reason",
+    [
+        (Bootable(fstab="/dev/disk/by-id/old-disk"), "/etc/fstab"),
+        (Bootable(with_virtio=False), "initramfs did not find the root filesystem: a driver is missing"),
+    ],
+    ids=["fstab names a missing disk", "initramfs without virtio"],
+)
+def test_a_disk_that_does_not_boot_is_disproven_for_the_right_reason(
+    disks: Maker, wanted: Bootable, reason: str
+) -> None:
+    said, steps = prove(disks(wanted), "--skip", "digest,preflight")
+    assert said.code == EXIT_DIFFERS, said.out
+    assert steps["boot"] == "failed"
+    assert (steps["structure"], steps["filesystems"]) == ("passed", "passed")
+    assert reason in str(step(said, "boot")["summary"])
+    assert any("preflight looks at this" in one for one in step(said, "boot")["details"])  # type: ignore[attr-defined]
+
+
+def test_nothing_to_boot_is_read_from_the_screen(disks: Maker) -> None:
+    """Seconds: the firmware gives up at once, and only its text mode says so."""
+    said, _ = prove(disks(Bootable(with_boot_code=False)), "--skip", "digest,preflight,filesystems")
+    assert said.code == EXIT_DIFFERS, said.out
+    assert "nothing to boot" in str(step(said, "boot")["summary"])
+
+
+# ---- without a boot --------------------------------------------------------------------------------------------------
+
+NO_BOOT = ("--skip", "boot,preflight")
+
+
+@pytest.fixture(scope="module")
+def image(disks: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported qcow2, plain, to be copied and broken."""
+    folder = tmp_path_factory.mktemp("image")
+    return export(disks(Bootable()), folder / "web01.qcow2", 'encode.qcow2; compression = "none"')
+
+
+def broken(image: Path, folder: Path, change: Callable[[bytearray], None]) -> Path:
+    """A copy with its manifest, changed."""
+    data = bytearray(image.read_bytes())
+    change(data)
+    (folder / image.name).write_bytes(data)
+    (folder / f"{image.name}.manifest.json").write_bytes(image.with_name(f"{image.name}.manifest.json").read_bytes())
+    return folder / image.name
+
+
+def test_an_untouched_image_is_proven_without_a_boot(image: Path) -> None:
+    said, steps = prove(image, *NO_BOOT)
+    assert said.code == EXIT_OK, said.out
+    assert steps == {"digest": "passed", "structure": "passed", "filesystems": "passed"} | {
+        "preflight": "skipped", "boot": "skipped",
+    }  # fmt: skip
+
+
+def test_a_flipped_byte_in_a_filesystems_metadata_is_found_by_its_checker(image: Path, tmp_path: Path) -> None:
+    raw = tmp_path / "flipped.raw"
+    run("qemu-img", "convert", "-O", "raw", str(image), str(raw))
+    with raw.open("r+b") as file:
+        file.seek(MiB + 1024 + 0x10)  # the free inodes that the superblock counts
+        file.write(b"\xff")
+    said, steps = prove(raw, "--skip", "boot,preflight,digest")
+    assert said.code == EXIT_DIFFERS, said.out
+    assert (steps["structure"], steps["filesystems"]) == ("passed", "failed")
+    assert "e2fsck" in " ".join(step(said, "filesystems")["details"])  # type: ignore[call-overload]  # a list of texts
+
+
+def test_a_truncated_image_is_disproven(image: Path, tmp_path: Path) -> None:
+    def cut(data: bytearray) -> None:
+        del data[len(data) // 2 :]
+
+    said, _ = prove(broken(image, tmp_path, cut), *NO_BOOT)
+    assert said.code == EXIT_DIFFERS, said.out
+
+
+def test_a_hole_where_data_was_is_found_by_the_digest(image: Path, tmp_path: Path) -> None:
+    """Nothing but the digest can: the format is in order, and e2fsck looks at no file's content."""
+
+    def hole(data: bytearray) -> None:
+        at = data.index(b"HdrS") // 65536 * 65536 + 2 * MiB  # inside of the kernel
+        data[at : at + 65536] = bytes(65536)
+
+    said, steps = prove(broken(image, tmp_path, hole), *NO_BOOT)
+    assert said.code == EXIT_DIFFERS, said.out
+    assert (steps["digest"], steps["structure"]) == ("failed", "passed")
+
+
+def test_a_corrupt_table_is_found_by_the_structure(image: Path, tmp_path: Path) -> None:
+    def corrupt(data: bytearray) -> None:
+        l1 = int.from_bytes(data[40:48], "big")
+        l2 = int.from_bytes(data[l1 : l1 + 8], "big") & 0x00FFFFFFFFFFFE00
+        data[l2 : l2 + 8] = (0x8000000000000000 | (len(data) + 65536 * 100) // 65536 * 65536).to_bytes(8, "big")
+
+    said, steps = prove(broken(image, tmp_path, corrupt), *NO_BOOT)
+    assert said.code == EXIT_DIFFERS, said.out
+    assert steps["structure"] == "failed"
+
+
+def test_an_image_without_a_manifest_is_not_proven(image: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.qcow2").write_bytes(image.read_bytes())
+    said, steps = prove(tmp_path / "x.qcow2", *NO_BOOT)
+    assert said.code == EXIT_FAILED
+    assert steps["digest"] == "unknown"
+    assert "--skip digest" in str(step(said, "digest")["hint"])
+    local = str(image.with_suffix(".local.json"))
+    assert prove(tmp_path / "x.qcow2", *NO_BOOT, "--manifest", local)[0].code == EXIT_OK
+
+
+def test_missing_tools_are_never_a_pass(image: Path, tmp_path: Path) -> None:
+    """What to install is said."""
+    (tmp_path / "bin").mkdir()
+    code = (
+        "import os, sys\n"
+        "import stages.prove.checkers as checkers\n"
+        f"checkers._PATH = os.environ['PATH'] = {str(tmp_path / 'bin')!r}\n"
+        "from pipeline.__main__ import main\n"
+        f"sys.argv = ['pipeline', 'prove', {str(image)!r}, '--json', '--skip', 'preflight']\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == EXIT_FAILED, done.stderr
+    told = {one["name"]: one for one in map(json.loads, done.stdout.splitlines()) if one["type"] == "step"}
+    assert (told["filesystems"]["state"], told["boot"]["state"]) == ("unknown", "unknown")
+    assert "apt install" in told["filesystems"]["hint"]
+    assert "qemu-system-x86" in told["boot"]["hint"]
+
+
+def test_what_is_no_image_is_no_verdict(tmp_path: Path) -> None:
+    (tmp_path / "x.qcow2").write_bytes(b"hello" * 1000)
+    assert call("prove", str(tmp_path / "x.qcow2")).code == EXIT_FAILED
+    assert call("prove", str(tmp_path / "nosuch")).code == EXIT_FAILED
+    assert call("prove", str(tmp_path / "x.qcow2"), "--skip", "boots").code == 2
+
+
+def test_prove_as_the_last_stage_keeps_its_findings(disks: Maker, tmp_path: Path) -> None:
+    target = tmp_path / "out.qcow2"
+    toml = write_toml(
+        tmp_path / "e.toml", f'read.disk; path = "{disks(Bootable())}"', "checksum.guest", "sparse.zeros",
+        "encode.qcow2", f'write.file; path = "{target}"', "verify.readback",
+        'verify.prove; skip = ["boot", "preflight"]',
+    )  # fmt: skip
+    said = call("run", toml, "--set", f"export.manifest={tmp_path / 'm.json'}")
+    assert said.code == 0, said.err
+    verdicts = json.loads((tmp_path / "m.json").read_text())["verdicts"]
+    assert [one["level"] for one in verdicts] == ["readback", "prove"]
+    assert "clean" in str(verdicts[1]["evidence"])
+
+
+def test_a_disproven_image_is_not_published(disks: Maker, tmp_path: Path) -> None:
+    raw, target = tmp_path / "damaged.raw", tmp_path / "out.qcow2"
+    raw.write_bytes(disks(Bootable()).read_bytes())
+    with raw.open("r+b") as file:
+        file.seek(MiB + 1024 + 0x10)
+        file.write(b"\xff")
+    toml = write_toml(
+        tmp_path / "e.toml", f'read.disk; path = "{raw}"', "checksum.guest", "encode.qcow2",
+        f'write.file; path = "{target}"', 'verify.prove; skip = ["boot", "preflight"]',
+    )  # fmt: skip
+    said = call("run", toml)
+    assert said.code == EXIT_DIFFERS, said.err
+    assert not target.exists()
+
+
+def _machines(parent: int) -> list[int]:
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = status.read_text().partition("(")[2].rpartition(")")
+        except OSError:
+            continue
+        if int(rest.split()[1]) == parent and name.startswith("qemu-system"):
+            found.append(int(status.parent.name))
+    return found
+
+
+def test_the_machine_ends_with_us_also_on_kill_9(disks: Maker) -> None:
+    words = [sys.executable, "-m", "pipeline", "prove", str(disks(Bootable())), "--skip", "digest,filesystems"]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    ends = time.monotonic() + 60
+    while not (machines := _machines(process.pid)):
+        assert process.poll() is None
+        assert time.monotonic() < ends
+    watched = os.pidfd_open(machines[0])
+    assert Path(f"/proc/{machines[0]}").stat().st_uid != 0, "it runs as nobody"
+    process.kill()
+    process.wait()
+    import select
+
+    assert select.select([watched], [], [], 10)[0], "qemu ended"
+    os.close(watched)
+
+
+# ---- the matrix ------------------------------------------------------------------------------------------------------
+
+ENCODERS = {
+    "web01.qcow2": 'encode.qcow2; compression = "none"',
+    "zlib.qcow2": "encode.qcow2",
+    "zstd.qcow2": 'encode.qcow2; compression = "zstd"',
+    "web01.vhd": "encode.vhd",
+    "web01.vmdk": "encode.vmdk",
+    "web01.raw": "encode.raw",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("firmware", ["bios", "uefi"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_format_boots(disks: Maker, tmp_path: Path, name: str, firmware: str) -> None:
+    disk = disks(Bootable(firmware=firmware))  # type: ignore[arg-type]  # a Literal
+    said, steps = prove(export(disk, tmp_path / name, ENCODERS[name]), "--skip", "preflight")
+    assert said.code == EXIT_OK, said.out
+    assert steps["boot"] == "passed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "wanted, code, reason",
+    [
+        (Bootable(root="/dev/sda1"), EXIT_DIFFERS, "root= names a disk that is not"),
+        (Bootable(firmware="uefi", with_boot_code=False), EXIT_DIFFERS, "nothing to boot"),
+        (Bootable(then="/bin/busybox sleep 1; /bin/busybox poweroff -f"), EXIT_OK, "came up"),
+        (Bootable(then="exit 1"), EXIT_OK, "came up"),
+        (Bootable(console="console=tty0"), EXIT_OK, "came up"),
+    ],
+    ids=["root=/dev/sda1", "no loader", "powers off after login", "panics after login", "screen only"],
+)
+def test_other_disks_are_judged_rightly(disks: Maker, wanted: Bootable, code: int, reason: str) -> None:
+    said, _ = prove(disks(wanted), "--skip", "digest,preflight,filesystems")
+    assert said.code == code, said.out
+    assert reason in str(step(said, "boot")["summary"])
+
+
+@pytest.mark.slow
+def test_a_pattern_and_a_timeout_decide(disks: Maker) -> None:
+    disk = disks(Bootable())
+    skip = ("--skip", "digest,preflight,filesystems")
+    assert prove(disk, *skip, "--pattern", "GNU/Linux 1[0-9]")[0].code == EXIT_OK
+    said, steps = prove(disk, *skip, "--pattern", "never said", "--timeout", "15")
+    assert said.code == EXIT_FAILED
+    assert steps["boot"] == "unknown"
+    assert "nothing decisive within" in str(step(said, "boot")["summary"])
