@@ -48,11 +48,13 @@ async def _plan(console: Console, config: ExportConfig, chain: WiredChain, profi
 async def _show(console: Console, config: ExportConfig, chain: WiredChain, profile: Profile | None) -> int:
     from pipeline.config.planning import plan_run
     from pipeline.events import EventStream
+    from pipeline.flow.stage import Rounding
 
     events = EventStream()
     events.subscribe(console.open_log(config.observe))
     check_observers(config.observe)
-    async with plan_run(config, chain, events, is_rehearsal=True) as plan:
+    rounding = Rounding(alignment=profile.align) if profile is not None else None
+    async with plan_run(config, chain, events, is_rehearsal=True, rounding=rounding) as plan:
         if profile is not None:
             from stages.preflight.target import check_plan
 

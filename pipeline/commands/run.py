@@ -197,8 +197,10 @@ async def _export(
 ) -> Outcome:
     from pipeline.config.planning import plan_run
     from pipeline.flow.engine import run_export
+    from pipeline.flow.stage import Rounding
 
-    async with plan_run(config, chain, events, attempt=attempt) as plan:
+    rounding = Rounding(alignment=profile.align) if profile is not None else None
+    async with plan_run(config, chain, events, attempt=attempt, rounding=rounding) as plan:
         if report is not None:
             report.begin(plan)
         if profile is not None:

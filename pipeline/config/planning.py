@@ -48,6 +48,7 @@ from pipeline.flow.stage import (
     LayoutRequest,
     Progress,
     RealClock,
+    Rounding,
     SinkPlan,
     SinkRequest,
     Source,
@@ -184,12 +185,14 @@ async def plan_run(
     fuse: bool = True,
     attempt: Attempt | None = None,
     is_rehearsal: bool = False,
+    rounding: Rounding | None = None,
 ) -> AsyncIterator[RunPlan]:
     """Open the source read-only, ask the encoder and the writer, divide the memory; close both at the end.
 
     Args:
         attempt: how a run that keeps a journal begins; None: it keeps none.
         is_rehearsal: the plan is only looked at; nothing is frozen.
+        rounding: what the target wants of the size of the virtual disk.
     Raises:
         PlanError: it can't work for this disk or this target. SourceError, StoreError: it could not be found out.
         AlreadyFinished: an earlier process of the export to be resumed published the image.
@@ -210,6 +213,7 @@ async def plan_run(
         export_name=config.export.name,
         order=chain.order,
         is_rehearsal=is_rehearsal,
+        rounding=rounding,
         own_files=tuple(_own_files(config, chain)),
     )
     try:

@@ -122,8 +122,18 @@ def _named_by_udev(machine: Machine, name: str) -> Volumes:
     for spec, disks in machine.known_by_udev().items():
         key, _, value = spec.partition("=")
         if name in disks:
-            fields = {"UUID": "uuid", "LABEL": "label", "PARTUUID": "part_uuid", "PARTLABEL": "part_label"}
-            found.append(Volume(names=(), number=None, kind="unknown", size=0, **{fields[key]: value}))
+            found.append(
+                Volume(
+                    names=(),
+                    number=None,
+                    kind="unknown",
+                    size=0,
+                    uuid=value if key == "UUID" else "",
+                    label=value if key == "LABEL" else "",
+                    part_uuid=value if key == "PARTUUID" else "",
+                    part_label=value if key == "PARTLABEL" else "",
+                )
+            )
     return Volumes(found, disk_name=name, opaque=(f"/dev/{name}, which could not be opened",))
 
 

@@ -281,7 +281,7 @@ async def gather(
         table_problem=table_problem,
         volumes=volumes,
         boot_code=await find_boot_code(reader, table) if reader is not None and table is not None else None,
-        distribution=await told(find_distribution(view), None) or Distribution(),
+        distribution=await told(find_distribution(view), Distribution()),
         fstab=fstab,
         menus=menus,
         kernels=tuple(await told(find_kernels(view, menus), [])),

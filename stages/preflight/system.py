@@ -141,8 +141,8 @@ _CLEAN = {
 }
 
 
-async def find_distribution(view: View) -> Distribution | None:
-    """Which distribution it is; None where nothing says so.
+async def find_distribution(view: View) -> Distribution:
+    """Which distribution it is; one without an id where nothing says so.
 
     Source: os-release(5).
     """
@@ -165,4 +165,4 @@ async def find_distribution(view: View) -> Distribution | None:
             has_dracut=dracut,
             file=path,
         )
-    return None
+    return Distribution()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from pipeline.config import locate
@@ -268,12 +268,13 @@ def _room(plan: RunPlan) -> int | None:
 
 
 def _kept(plan: RunPlan) -> frozenset[int] | None:
-    """The partitions that are exported, where the source was told."""
-    facts: Any = plan.info
-    kept = getattr(facts, "kept", None)
-    if kept is not None:
-        return frozenset(kept)
-    chosen = getattr(plan.chain.source.options, "partitions", None)
-    if isinstance(chosen, (tuple, list)) and chosen:
-        return frozenset(int(one) for one in chosen)
-    return None
+    """The partitions that are exported; None for all of them, and for a source that can't leave any out."""
+    from stages.read.disk import PARTITIONS
+
+    told = plan.context.facts.find(PARTITIONS)
+    if told is None:
+        return None
+    listed = told.value["partitions"]
+    if all(one["taken"] for one in listed):
+        return None
+    return frozenset(one["number"] for one in listed if one["taken"])

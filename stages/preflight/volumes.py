@@ -104,12 +104,12 @@ class Volumes:
         key, equals, value = spec.partition("=")
         value = value.strip("\"'")
         if equals and key.upper() in _TAGS:
-            naming, field = _TAGS[key.upper()]
-            return naming, self._by(field, value)
+            by, field = _TAGS[key.upper()]
+            return by, self._by(field, value)
         for folder, tag in _LINKS.items():
             if spec.startswith(folder):
-                naming, field = _TAGS[tag]
-                return naming, self._by(field, _unescaped(spec[len(folder) :]))
+                by, field = _TAGS[tag]
+                return by, self._by(field, _unescaped(spec[len(folder) :]))
         if match := _DISK_NAME.fullmatch(spec):
             return "device", self._of_disk(match[1], int(match[2]) if match[2] else None)
         if _COUNTED.fullmatch(spec):

@@ -12,7 +12,7 @@ from stages.preflight.rules import judge
 from tests.config.test_machine import Tree
 from tests.disk.making import needs_root
 from tests.preflight import systems
-from tests.preflight.disks import BOOT_UUID, target_of
+from tests.preflight.disks import BOOT_UUID, ROOT_UUID, target_of
 from tests.preflight.images import write_disk, write_tree
 
 
@@ -87,7 +87,7 @@ async def test_what_is_mounted_from_another_disk_is_told(host: Host) -> None:
     assert [(one.severity, "/data lives on sdb" in one.message) for one in found["layout.closure"]] == [("info", True)]
     (host.root / "etc/fstab").write_text(systems.FSTAB + f"UUID={BOOT_UUID} /data xfs defaults 0 0\n")
     host.tell_udev(host._second, ID_FS_UUID=BOOT_UUID, ID_FS_TYPE="xfs")
-    host.tell_udev(host._first, ID_FS_UUID=systems.ROOT_UUID, ID_FS_TYPE="ext4")
+    host.tell_udev(host._first, ID_FS_UUID=ROOT_UUID, ID_FS_TYPE="ext4")
     found = await look(host)
     (foreign,) = [one for one in found["fs.fstab.foreign"] if one.status == "fail"]
     assert foreign.blocks
@@ -97,7 +97,7 @@ async def test_what_is_mounted_from_another_disk_is_told(host: Host) -> None:
 
 
 async def test_udev_names_what_is_on_a_disk_that_cannot_be_opened(host: Host) -> None:
-    host.tell_udev(host._first, ID_FS_UUID=systems.ROOT_UUID, ID_FS_TYPE="ext4", ID_PART_ENTRY_UUID="5a5a1234-01")
+    host.tell_udev(host._first, ID_FS_UUID=ROOT_UUID, ID_FS_TYPE="ext4", ID_PART_ENTRY_UUID="5a5a1234-01")
     missing = str(host.root / "no-such-disk")
     found = await look(host, missing)
     assert found["disk.table"][0].status == "unknown"

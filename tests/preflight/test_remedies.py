@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,7 +54,7 @@ async def test_a_remedy_ends_what_was_complained_of(case: Case, tmp_path: Path) 
         if content is None:
             shutil.rmtree(tree / path.lstrip("/"), ignore_errors=True)
             (tree / path.lstrip("/")).unlink(missing_ok=True)
-    disk = (LVM if case.system is rhel_files else {}) | case.disk
+    disk: dict[str, Any] = (LVM if case.system is rhel_files else {}) | case.disk
     subject = await subject_of(LiveView(tree), **disk)
     findings = await findings_of(subject, target_of(subject, case.profile, **case.target), case.id)
     found = next((one for one in findings if one.status == "fail" and case.said in one.message), None)

@@ -81,13 +81,13 @@ def gpt(*types: str, **named: Any) -> dict[str, Any]:
     return {"table": table_of("gpt", types or (LINUX_GUID,), **named)}
 
 
-UNREADABLE = {"unreadable": "permission denied"}
-EFI = {
+UNREADABLE: dict[str, Any] = {"unreadable": "permission denied"}
+EFI: dict[str, Any] = {
     "table": table_of("gpt", (LINUX_GUID, ESP_GUID)),
     "volumes": [volume(1), volume(2, "vfat", "ABCD-1234")],
     "sectors": {},
 }
-LVM = {
+LVM: dict[str, Any] = {
     "table": table_of("mbr", ("0x83", "0x8e")),
     "volumes": [
         volume(1, "xfs", BOOT_UUID),
@@ -956,11 +956,9 @@ def named(case: Case) -> str:
 
 @pytest.mark.parametrize("case", CASES, ids=named)
 async def test_rule_says_what_is_wrong_and_where(case: Case) -> None:
-    view = MadeView(case.system(), **case.space)
-    subject = await subject_of(
-        MadeView(case.files, below=view, **({"free": 10 * GiB} | case.space)),
-        **(LVM if case.system is systems.rhel_files else {}) | case.disk,
-    )
+    view = MadeView(case.files, below=MadeView(case.system()), **case.space)  # type: ignore[arg-type]  # bytes, counts
+    disk: dict[str, Any] = (LVM if case.system is systems.rhel_files else {}) | case.disk
+    subject = await subject_of(view, **disk)
     findings = await findings_of(subject, target_of(subject, case.profile, **case.target), case.id)
     found = [one for one in findings if case.said in one.message]
     assert found, f"nobody says {case.said!r}: {[(one.status, one.severity, one.message) for one in findings]}"

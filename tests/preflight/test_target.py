@@ -127,10 +127,17 @@ def test_the_plan_refuses_a_disk_that_is_too_large(tmp_path: Path) -> None:
     assert call("plan", write_export(tmp_path, disk=disk, more='ignore = ["out.size"]'))[0] == 0
 
 
-def test_the_plan_refuses_a_size_that_is_no_whole_unit(tmp_path: Path) -> None:
+def test_the_plan_rounds_a_disk_up_and_refuses_an_image_of_no_whole_unit(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.write_bytes(bytes(MiB + 512))
-    code, _, err = call("plan", write_export(tmp_path, disk=disk))
+    file = write_export(tmp_path, disk=disk)
+    code, out, err = call("plan", file)
+    assert code == 0, err
+    assert "2 MiB (2097152 bytes)" in out
+    file.write_text(
+        file.read_text().replace('"read.disk"', '"read.image"').replace(f'"{disk}"', f'"{disk}"\nformat = "raw"')
+    )
+    code, _, err = call("plan", file)
     assert code == 2
     assert "whole 1 MiB" in err
 
