@@ -956,7 +956,7 @@ def named(case: Case) -> str:
 
 @pytest.mark.parametrize("case", CASES, ids=named)
 async def test_rule_says_what_is_wrong_and_where(case: Case) -> None:
-    view = MadeView(case.files, below=MadeView(case.system()), **case.space)  # type: ignore[arg-type]  # bytes, counts
+    view = MadeView(case.files, below=MadeView(case.system()), **case.space)
     disk: dict[str, Any] = (LVM if case.system is systems.rhel_files else {}) | case.disk
     subject = await subject_of(view, **disk)
     findings = await findings_of(subject, target_of(subject, case.profile, **case.target), case.id)
