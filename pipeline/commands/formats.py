@@ -32,7 +32,7 @@ _READ = """
 
 `read.image`, `pipeline convert`, `pipeline inspect` and every verification read {formats},
 each with or without one of our compressed streams around it (`raw+zstd`, `vmdk+gzip` ...), from a file, `s3://`,
-`sftp://`, `http://` or `https://`, by ranges. What an image does not store is not fetched. A GCE archive is unpacked
+`sftp://`, `nbd://`, `http(s)://`, by ranges. What an image does not store is not fetched. A GCE archive is unpacked
 from its begin to the place that is wanted, so it is best read once, in order. Streams of lz4 and gzip are read with the
 manifest beside them, which has their index.
 

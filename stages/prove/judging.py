@@ -75,8 +75,15 @@ SYMPTOMS: Final = (
         "the disk has a boot loader for the boot mode",
     ),
 )
+# What a BIOS says last, before the first sector's code has its turn.
+HANDED_OVER: Final = re.compile(r"Booting from Hard Disk\.\.\.\s*\Z")
+NO_BOOT_CODE: Final = _symptom(
+    HANDED_OVER.pattern,
+    "the firmware started the disk's boot code, and that did nothing: it was wiped, or is broken",
+    "the first sector has boot code",
+)
 LOGIN: Final = re.compile(r"(?<!last )\blogin:", re.IGNORECASE)
-_CONTROLS = re.compile(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|\][^\x07]*\x07|[()][0-9A-B]|[=>78cDEHM])|[\x00-\x08\x0b-\x1f\x7f]")
+_CONTROLS = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07]*\x07|[()][0-9A-B]|[=>78cDEHM])|[\x00-\x08\x0b-\x1f\x7f]")
 
 
 def plain(text: str) -> str:

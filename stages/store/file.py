@@ -23,6 +23,10 @@ class FileReader:
         self._fd = fd
         self.size = size
 
+    def fileno(self) -> int:
+        """The descriptor, borrowed; reading only."""
+        return self._fd
+
     async def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes.
 

@@ -21,6 +21,7 @@ from pipeline.units import MiB
 from tests.chains import write_toml
 from tests.decode.images import run
 from tests.disks.bootable import Bootable, make_bootable
+from tests.disks.damage import flip_block_bitmap
 from tests.end_to_end.command import Said, call
 from tests.stores.s3 import S3Server
 
@@ -132,13 +133,6 @@ def test_a_disk_that_does_not_boot_is_disproven_for_the_right_reason(
     assert any("preflight looks at this" in one for one in step(said, "boot")["details"])  # type: ignore[attr-defined]
 
 
-def test_nothing_to_boot_is_read_from_the_screen(disks: Maker) -> None:
-    """Seconds: the firmware gives up at once, and only its text mode says so."""
-    said, _ = prove(disks(Bootable(with_boot_code=False)), "--skip", "digest,preflight,filesystems")
-    assert said.code == EXIT_DIFFERS, said.out
-    assert "nothing to boot" in str(step(said, "boot")["summary"])
-
-
 # ---- without a boot --------------------------------------------------------------------------------------------------
 
 NO_BOOT = ("--skip", "boot,preflight")
@@ -171,9 +165,7 @@ def test_an_untouched_image_is_proven_without_a_boot(image: Path) -> None:
 def test_a_flipped_byte_in_a_filesystems_metadata_is_found_by_its_checker(image: Path, tmp_path: Path) -> None:
     raw = tmp_path / "flipped.raw"
     run("qemu-img", "convert", "-O", "raw", str(image), str(raw))
-    with raw.open("r+b") as file:
-        file.seek(MiB + 1024 + 0x10)  # the free inodes that the superblock counts
-        file.write(b"\xff")
+    flip_block_bitmap(raw, MiB)
     said, steps = prove(raw, "--skip", "boot,preflight,digest")
     assert said.code == EXIT_DIFFERS, said.out
     assert (steps["structure"], steps["filesystems"]) == ("passed", "failed")
@@ -264,9 +256,7 @@ def test_prove_as_the_last_stage_keeps_its_findings(disks: Maker, tmp_path: Path
 def test_a_disproven_image_is_not_published(disks: Maker, tmp_path: Path) -> None:
     raw, target = tmp_path / "damaged.raw", tmp_path / "out.qcow2"
     raw.write_bytes(disks(Bootable()).read_bytes())
-    with raw.open("r+b") as file:
-        file.seek(MiB + 1024 + 0x10)
-        file.write(b"\xff")
+    flip_block_bitmap(raw, MiB)
     toml = write_toml(
         tmp_path / "e.toml", f'read.disk; path = "{raw}"', "checksum.guest", "encode.qcow2",
         f'write.file; path = "{target}"', 'verify.prove; skip = ["boot", "preflight"]',
@@ -332,17 +322,35 @@ def test_every_format_boots(disks: Maker, tmp_path: Path, name: str, firmware: s
     "wanted, code, reason",
     [
         (Bootable(root="/dev/sda1"), EXIT_DIFFERS, "root= names a disk that is not"),
+        (Bootable(with_boot_code=False), EXIT_DIFFERS, "it was wiped, or is broken"),
         (Bootable(firmware="uefi", with_boot_code=False), EXIT_DIFFERS, "nothing to boot"),
         (Bootable(then="/bin/busybox sleep 1; /bin/busybox poweroff -f"), EXIT_OK, "came up"),
         (Bootable(then="exit 1"), EXIT_OK, "came up"),
         (Bootable(console="console=tty0"), EXIT_OK, "came up"),
     ],
-    ids=["root=/dev/sda1", "no loader", "powers off after login", "panics after login", "screen only"],
+    ids=[
+        "root=/dev/sda1",
+        "boot code wiped",
+        "no loader",
+        "powers off after login",
+        "panics after login",
+        "screen only",
+    ],
 )
 def test_other_disks_are_judged_rightly(disks: Maker, wanted: Bootable, code: int, reason: str) -> None:
     said, _ = prove(disks(wanted), "--skip", "digest,preflight,filesystems")
     assert said.code == code, said.out
     assert reason in str(step(said, "boot")["summary"])
+
+
+@pytest.mark.slow
+def test_an_empty_disk_is_read_from_the_screen(tmp_path: Path) -> None:
+    """Only the firmware's text mode says so; the serial console stays silent."""
+    (tmp_path / "empty.raw").write_bytes(bytes(MiB))
+    said, _ = prove(tmp_path / "empty.raw", "--skip", "digest,preflight,filesystems")
+    assert said.code == EXIT_DIFFERS, said.out
+    assert "nothing to boot" in str(step(said, "boot")["summary"])
+    assert step(said, "boot")["log"] == ""
 
 
 @pytest.mark.slow
