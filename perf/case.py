@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 from perf.measure import Step
 
-ImageFormat = Literal["raw", "qcow2", "raw+lz4", "raw+zstd", "raw+gzip"]
+ImageFormat = Literal["raw", "qcow2", "vmdk", "vpc", "vhdx", "raw+lz4", "raw+zstd", "raw+gzip"]
 
 
 class Store(Protocol):

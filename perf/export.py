@@ -74,7 +74,7 @@ def _attempt(
 ) -> Attempt:
     config = ground.folder / "export.toml"
     stages: list[StageTable] = [
-        {"use": "read.disk", "path": str(ground.disk)},
+        {"use": "read.disk", "path": str(ground.disk), "blocks": "all"},
         {"use": "checksum.guest"},
         {"use": "sparse.zeros"},
         *last_stages,

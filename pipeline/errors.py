@@ -6,6 +6,7 @@
     |-- SourceError        the disk could not be read, or is not what it said             exit 1
     |-- StoreError         the target refused, failed or can't be reached                 exit 1
     |-- FormatError        an image is corrupt, hostile or of an unknown kind             exit 3
+    |-- PreflightError     the image would not boot there, or would not be taken          exit 5
     |-- VerificationError  the stored image is not the disk                               exit 3
     |-- StageError         a stage broke one of the engine's promises                     exit 1
     |-- LeftBehindError    failed, and something may be left in the store                 exit 4
@@ -145,6 +146,12 @@ class FormatError(PipelineError):
     exit_code = EXIT_DIFFERS
 
 
+class PreflightError(PipelineError):
+    """The rules of the target say that the image would not boot there. No byte has moved."""
+
+    exit_code = EXIT_PREFLIGHT
+
+
 class VerificationError(PipelineError):
     """The stored image was looked at and is not the disk that was read."""
 
@@ -191,6 +198,12 @@ class AlreadyFinished(PipelineError):
     """The export that was to be resumed ended well before."""
 
     exit_code = EXIT_OK
+
+
+def cause_of(error: LeftBehindError) -> str:
+    """Why the run failed whose clean-up failed too, in words."""
+    cause = first_error(error.cause)
+    return (str(cause) or type(cause).__name__) if isinstance(cause, Exception) else "interrupted"
 
 
 def leaves(error: BaseException) -> Iterator[BaseException]:

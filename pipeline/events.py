@@ -31,6 +31,22 @@ class RunPlanned(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PreflightDone(Event):
+    """The rules of the target were asked, before a byte has moved.
+
+    Attributes:
+        verdict: ready, warnings or blocked.
+        findings: those that are no passes: id, severity, status, message, remedy, evidence.
+    """
+
+    profile: str
+    verdict: str
+    blocks: int
+    warnings: int
+    findings: tuple[dict[str, object], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MapProgressed(Event):
     """How far the map pass has come, before the run is planned to its end. Guest bytes."""
 
@@ -235,12 +251,22 @@ class EventStream:
 
     def __init__(self) -> None:
         self._subscribers: list[Subscriber] = []
+        self._fallbacks: list[FallbackTaken] = []
 
-    def subscribe(self, subscriber: Subscriber) -> None:
-        """Call `subscriber` with every event from now on."""
+    def subscribe(self, subscriber: Subscriber, *, with_fallbacks: bool = False) -> None:
+        """Call `subscriber` with every event from now on.
+
+        Args:
+            with_fallbacks: also, at once, with the fallbacks until now: planning takes some before a run is recorded.
+        """
         self._subscribers.append(subscriber)
+        if with_fallbacks:
+            for event in self._fallbacks:
+                subscriber(event)
 
     def emit(self, event: Event) -> None:
         """Tell everybody. A subscriber that raises is the run's error."""
+        if isinstance(event, FallbackTaken):
+            self._fallbacks.append(event)
         for subscriber in self._subscribers:
             subscriber(event)

@@ -10,7 +10,7 @@ from stages.read import disk, synthetic
 from stages.read import image as image_source
 from stages.sparse import zeros
 from stages.verify import prove, readback, receipt, sample
-from stages.write import device, file, nbd, null, pipe, s3, sftp
+from stages.write import device, file, http, nbd, null, pipe, s3, sftp
 
 CATALOG = Catalog(
     (
@@ -33,6 +33,7 @@ CATALOG = Catalog(
         file.SPEC,
         s3.SPEC,
         sftp.SPEC,
+        http.SPEC,
         nbd.SPEC,
         device.SPEC,
         pipe.SPEC,

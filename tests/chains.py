@@ -15,9 +15,12 @@ from pipeline.flow.stage import Catalog, Clock
 from stages.catalog import CATALOG
 
 
-def write_toml(path: Path, *stages: str, memory: str = "96 MiB", name: str = "test") -> Path:
+def write_toml(
+    path: Path, *stages: str, memory: str = "96 MiB", name: str = "test", on_failure: str | None = None
+) -> Path:
     """An export.toml; each stage is its name, then `option = value` lines separated by `;`."""
     lines = ["[export]", f'name = "{name}"', f'memory = "{memory}"']
+    lines += [f'on_failure = "{on_failure}"'] if on_failure else []
     for stage in stages:
         use, *options = [part.strip() for part in stage.split(";")]
         lines += ["[[stage]]", f'use = "{use}"', *options]

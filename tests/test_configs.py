@@ -21,6 +21,7 @@ from tests.disks.letters import write_disk
 from tests.disks.mounts import loop_device
 from tests.end_to_end.command import call
 from tests.stores.nbd import NbdServer
+from tests.stores.nginx import PASSWORD, USER, WebServer
 from tests.stores.openssh import SftpServer
 from tests.stores.s3 import S3Server
 
@@ -36,6 +37,7 @@ class Bench:
     server: S3Server
     bucket: str
     sftp: SftpServer
+    web: WebServer
     stack: ExitStack
 
     def name_of(self, told: str) -> str:
@@ -64,6 +66,15 @@ def _to_sftp(bench: Bench, stage: Stage) -> Overrides:
     }
 
 
+def _to_web(bench: Bench, stage: Stage) -> Overrides:
+    name = bench.name_of(stage["url"])
+    return {
+        "url": bench.web.url(f"private/{bench.folder.name}-{name}", stage["url"].partition(":")[0]),
+        "user": USER,
+        "ca_file": str(bench.web.ca_file),
+    }
+
+
 def _from_image(bench: Bench, stage: Stage) -> Overrides:
     image = bench.folder / f"source.{stage['format']}"
     run("qemu-img", "convert", "-f", "raw", "-O", stage["format"], str(bench.disk), str(image))
@@ -88,12 +99,17 @@ PLACES: dict[str, Callable[[Bench, Stage], Overrides]] = {
     "write.file": _to_file,
     "write.s3": _to_s3,
     "write.sftp": _to_sftp,
+    "write.http": _to_web,
     "write.nbd": _to_nbd,
     "write.device": _to_device,
     # The disk is of letters: there is nothing on it to check or to boot. tests/prove does both.
     "verify.prove": lambda bench, _: {"skip": '["filesystems", "preflight", "boot"]'},
     "write.pipe": lambda bench, _: {"command": f'["dd", "of={bench.folder / "image"}", "status=none"]'},
 }
+
+
+# What the configs take from the environment.
+SECRETS = {"WEBDAV_PASSWORD": PASSWORD}
 
 
 def stages_of(config: Path) -> list[dict[str, str]]:
@@ -123,7 +139,7 @@ def test_there_are_configs() -> None:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
 def test_config_is_right_as_it_stands(config: Path) -> None:
-    said = call("check", config)
+    said = call("check", config, env=SECRETS)
     assert said.code == 0, said.err
     assert " -> ".join(stage["use"] for stage in stages_of(config)) in said.out
 
@@ -138,11 +154,12 @@ def test_config_explains_itself(config: Path) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
 def test_config_exports_a_disk(
-    config: Path, seaweedfs: S3Server, sftp_server: SftpServer, tmp_path: Path, disk: Path
+    config: Path, seaweedfs: S3Server, sftp_server: SftpServer, web_server: WebServer, tmp_path: Path, disk: Path
 ) -> None:
     with ExitStack() as stack:
-        bench = Bench(tmp_path, disk, seaweedfs, seaweedfs.new_bucket(), sftp_server, stack)
-        said = call("run", config, "--json", *overrides(config, bench), env=seaweedfs.environment())
+        bench = Bench(tmp_path, disk, seaweedfs, seaweedfs.new_bucket(), sftp_server, web_server, stack)
+        env = {**seaweedfs.environment(), **SECRETS}
+        said = call("run", config, "--json", *overrides(config, bench), env=env)
     assert said.code == 0, said.err
     finished = said.last("run_finished")
     assert finished["disk_bytes"] == disk.stat().st_size

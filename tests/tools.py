@@ -10,11 +10,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 from tests.stores import install
 
-# Program that a test runs -> the Debian package that has it.
+# Program that a test runs, or file that it uses -> the Debian package that has it.
 PROGRAMS: Final[Mapping[str, str]] = {
     "qemu-img": "qemu-utils",
     "mke2fs": "e2fsprogs",
@@ -36,8 +37,14 @@ PROGRAMS: Final[Mapping[str, str]] = {
     "partclone.extfs": "partclone",
     "sgdisk": "gdisk",
     "lvm": "lvm2",
+    "nginx": "nginx-light",
+    "/usr/lib/nginx/modules/ngx_http_dav_ext_module.so": "libnginx-mod-http-dav-ext",
     "nbdkit": "nbdkit",
     "nbdcopy": "libnbd-bin",
+    "cpio": "cpio",
+    "xz": "xz-utils",
+    "bzip2": "bzip2",
+    "debootstrap": "debootstrap",
     "qemu-system-x86_64": "qemu-system-x86",
     "extlinux": "extlinux",
     "grub-mkstandalone": "grub-common",
@@ -54,6 +61,11 @@ FILES: Final[Mapping[str, str]] = {
 
 def missing() -> list[str]:
     """The Debian packages of the programs that are not here."""
+    return sorted({package for program, package in PROGRAMS.items() if not _is_here(program)})
+
+
+def _is_here(program: str) -> bool:
+    return Path(program).exists() if "/" in program else shutil.which(program, path=_PATH) is not None
     programs = {package for program, package in PROGRAMS.items() if shutil.which(program, path=_PATH) is None}
     return sorted(programs | {package for file, package in FILES.items() if not os.path.exists(file)})
 

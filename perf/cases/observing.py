@@ -14,7 +14,7 @@ def _exporting(how: Literal["timed", "silent"]) -> Contender:
     def prepare(ground: Ground) -> Attempt:
         config = ground.folder / "export.toml"
         stages: list[StageTable] = [
-            {"use": "read.disk", "path": str(ground.disk)},
+            {"use": "read.disk", "path": str(ground.disk), "blocks": "all"},
             {"use": "checksum.guest"},
             {"use": "sparse.zeros"},
             {"use": "encode.qcow2"},

@@ -20,7 +20,7 @@ def _help(ground: Ground) -> Attempt:
 def _first_byte(ground: Ground) -> Attempt:
     config = ground.folder / "export.toml"
     stages: list[StageTable] = [
-        {"use": "read.disk", "path": str(ground.disk)},
+        {"use": "read.disk", "path": str(ground.disk), "blocks": "all"},
         {"use": "checksum.guest"},
         {"use": "sparse.zeros"},
         {"use": "encode.qcow2"},

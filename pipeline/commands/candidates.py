@@ -39,6 +39,21 @@ def disks(context: click.Context, parameter: click.Parameter, incomplete: str) -
     return found or [CompletionItem(incomplete, type="file")]
 
 
+def profiles(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Target profiles; a file of one's own where a path was begun."""
+    from stages.preflight.profile import names
+
+    found = [CompletionItem(name) for name in names() if name.startswith(incomplete)]
+    return found or _files(incomplete, ".toml")
+
+
+def rules(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Ids of the rules of the preflight."""
+    from stages.preflight.rules import all_rules
+
+    return [CompletionItem(one.id, help=one.title) for one in all_rules() if one.id.startswith(incomplete)]
+
+
 def _files(incomplete: str, suffix: str) -> list[CompletionItem]:
     found = list(_begun(incomplete, suffix))
     for _ in range(_DEPTH_MAX):

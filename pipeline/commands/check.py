@@ -18,6 +18,10 @@ def command(console: Console, file: Path, overrides: tuple[str, ...]) -> int:
     from stages.catalog import CATALOG
 
     config, chain = load_chain(file, CATALOG, overrides)
+    if config.target.profile:
+        from stages.preflight.target import check_chain
+
+        check_chain(config, chain)
     console.say(f"{file} is fine: {' -> '.join(chain.names)}")
     console.say(f'Pieces travel in the order "{chain.order.value}". The next step: pipeline plan {file}')
     console.tell("checked", name=config.export.name, file=file, chain=chain.names, order=chain.order.value)

@@ -24,6 +24,7 @@ from pipeline.errors import (
     LeftBehindError,
     PipelineError,
     PlanError,
+    cause_of,
     first_error,
     leaves,
 )
@@ -79,7 +80,7 @@ class Console:
         if not self.as_json:
             _print(line, sys.stdout if self._holds_stdout else sys.stderr)
 
-    def tell(self, kind: str, **fields: Any) -> None:
+    def tell(self, kind: str, /, **fields: Any) -> None:
         """An object of the result, for programs. Paths and the like become text."""
         if self.as_json and self._holds_stdout:
             _print(json.dumps({"type": kind, **fields}, default=str), sys.stdout)
@@ -142,9 +143,7 @@ class Console:
             message = str(told)
             self.note(message if isinstance(told, Interrupted) else f"error: {message}")
             if isinstance(told, LeftBehindError):
-                cause = first_error(told.cause)
-                why = str(cause) or type(cause).__name__
-                self.note(f"  after: {why if isinstance(cause, Exception) else 'interrupted'}")
+                self.note(f"  after: {cause_of(told)}")
             if told.hint:
                 self.note(f"  {told.hint}")
             self._tell_failed(message, told.hint, told.exit_code)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.commands.candidates import disks
+from pipeline.commands.candidates import disks, profiles
 from pipeline.commands.console import Console, verb
 from pipeline.errors import PlanError
 from pipeline.units import format_size
@@ -31,8 +32,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="The file to write; one that exists is never replaced.",
 )
+@click.option("--profile", metavar="NAME", shell_complete=profiles, help="The cloud; `pipeline profiles` lists all.")
 @verb
-def command(console: Console, disk: str | None, url: str | None, endpoint: str, output: Path) -> int:
+def command(
+    console: Console, disk: str | None, url: str | None, endpoint: str, output: Path, profile: str | None
+) -> int:
     """Write a commented export file for this machine and say the next step. Reads no disk, asks no question.
 
     DISK is a block device or raw image file; without it the disk that this machine runs from. URL is where the image
@@ -46,6 +50,8 @@ def command(console: Console, disk: str | None, url: str | None, endpoint: str, 
         disk, url = None, disk
     machine = Machine()
     proposal = _propose(machine, disk, url, endpoint)
+    if profile is not None:
+        proposal = _for_profile(proposal, profile)
     text = proposal_text(proposal, CATALOG)
     _write_new(output, text)
     for line in _warnings(proposal):
@@ -88,6 +94,16 @@ def _propose(machine: Machine, disk: str | None, url: str | None, endpoint: str)
         whole_disk=whole.path if whole else "",
         memory=machine.memory,
     )
+
+
+def _for_profile(proposal: Proposal, name: str) -> Proposal:
+    """The proposal with the format that a profile asks for first. Raises ConfigError where there is no such profile."""
+    from stages.preflight.profile import find_profile
+    from stages.preflight.target import stage_for
+
+    profile = find_profile(name)
+    encoder, option = stage_for(profile.formats[0]) if profile.formats else ("", None)
+    return replace(proposal, profile=name, encoder=encoder, encoder_option=option)
 
 
 def _system_disk(machine: Machine) -> str:

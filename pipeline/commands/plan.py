@@ -20,6 +20,7 @@ from pipeline.commands.console import (
 if TYPE_CHECKING:
     from pipeline.config.parse import ExportConfig
     from pipeline.config.wiring import WiredChain
+    from stages.preflight.profile import Profile
 
 
 @click.command("plan")
@@ -31,25 +32,38 @@ def command(console: Console, file: Path, overrides: tuple[str, ...]) -> int:
     from stages.catalog import CATALOG
 
     config, chain = load_chain(file, CATALOG, overrides)
-    return run_async(partial(_plan, console, config, chain))
+    profile = None
+    if config.target.profile:
+        from stages.preflight.target import check_chain
+
+        profile = check_chain(config, chain)
+    return run_async(partial(_plan, console, config, chain, profile))
 
 
-async def _plan(console: Console, config: ExportConfig, chain: WiredChain) -> int:
-    work = partial(_show, console, config, chain)
+async def _plan(console: Console, config: ExportConfig, chain: WiredChain, profile: Profile | None) -> int:
+    work = partial(_show, console, config, chain, profile)
     return await until_interrupted(work, console, cleaned="nothing was sent")
 
 
-async def _show(console: Console, config: ExportConfig, chain: WiredChain) -> int:
+async def _show(console: Console, config: ExportConfig, chain: WiredChain, profile: Profile | None) -> int:
     from pipeline.config.planning import plan_run
     from pipeline.events import EventStream
 
     events = EventStream()
     events.subscribe(console.open_log(config.observe))
     check_observers(config.observe)
-    async with plan_run(config, chain, events) as plan:
+    async with plan_run(config, chain, events, is_rehearsal=True) as plan:
+        if profile is not None:
+            from stages.preflight.target import check_plan
+
+            check_plan(profile, plan)
         width = max(len(what) for what, _ in plan.summary)
         for what, how_much in plan.summary:
             console.say(f"{what:<{width}}  {how_much}")
+        if profile is not None:
+            console.say(
+                f"The sizes suit {profile.title}. Will it boot there? pipeline preflight --profile {profile.name}"
+            )
         console.say(f"Nothing was sent. The next step: pipeline run {config.file}")
         console.tell(
             "plan",

@@ -20,7 +20,7 @@ from pipeline.commands.console import (
     until_interrupted,
     verb,
 )
-from pipeline.errors import EXIT_FAILED, EXIT_OK, AlreadyFinished, PipelineError
+from pipeline.errors import EXIT_FAILED, EXIT_OK, AlreadyFinished, LeftBehindError, PipelineError, cause_of
 
 if TYPE_CHECKING:
     from pipeline.config.continuing import Attempt
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pipeline.events import EventStream
     from pipeline.flow.engine import Outcome
     from pipeline.observe.report import RunReport
+    from stages.preflight.profile import Profile
 
 
 @click.command("run")
@@ -57,7 +58,8 @@ def command(
 
     Exits 0 when the image is stored and verified as asked, 1 when it failed and nothing is left behind (or nothing
     could be compared), 2 when FILE or the plan is wrong, 3 when the stored image is not the disk, 4 when something may
-    be left behind or what was sent is kept to be resumed, 130 when interrupted.
+    be left behind or what was sent is kept to be resumed, 5 when the target's rules say that it will not boot,
+    130 when interrupted.
     """
     from pipeline.config.continuing import Attempt, Mode
     from pipeline.config.wiring import load_chain
@@ -66,6 +68,11 @@ def command(
     if resume and discard:
         raise click.UsageError("--resume goes on with what was sent, --discard removes it: give one of them")
     config, chain = load_chain(file, CATALOG, overrides)
+    profile = None
+    if config.target.profile:
+        from stages.preflight.target import check_chain
+
+        profile = check_chain(config, chain)
     writer = chain.writer
     if writer.spec.holds_stdout and writer.spec.holds_stdout(writer.options):
         console.leave_stdout()
@@ -74,7 +81,7 @@ def command(
         recheck=recheck,
         command=shlex.join(["pipeline", "run", str(file), *(word for one in overrides for word in ("--set", one))]),
     )
-    return run_async(partial(run_chain, console, config, chain, quiet, attempt))
+    return run_async(partial(run_chain, console, config, chain, quiet, attempt, profile))
 
 
 def _keep_the_heap_small() -> None:
@@ -94,15 +101,21 @@ def _keep_the_heap_small() -> None:
 
 
 async def run_chain(
-    console: Console, config: ExportConfig, chain: WiredChain, quiet: bool, attempt: Attempt | None = None
+    console: Console,
+    config: ExportConfig,
+    chain: WiredChain,
+    quiet: bool,
+    attempt: Attempt | None = None,
+    profile: Profile | None = None,
 ) -> int:
     """Run a wired chain and tell how it went; returns the exit code. Raises what a run raises.
 
     Args:
         attempt: how a run that keeps a journal begins; None: it keeps none.
+        profile: of [target]; its rules are asked before the first byte moves.
     """
     _keep_the_heap_small()
-    from pipeline.events import Event, EventStream, RunFailed, UploadKept
+    from pipeline.events import Event, EventStream, PreflightDone, RunFailed, UploadKept
     from pipeline.flow.stage import NOTHING
     from pipeline.observe.progress import make_display, summary_lines
 
@@ -120,6 +133,9 @@ async def run_chain(
     def note_kept(event: Event) -> None:
         if isinstance(event, UploadKept):
             kept.append(event)
+        elif isinstance(event, PreflightDone) and event.warnings and not quiet and not console.as_json:
+            shown = ", ".join(dict.fromkeys(str(one["id"]) for one in event.findings if one["severity"] == "warn"))
+            console.note(f"preflight for {event.profile}: {event.warnings} warnings ({shown}); the manifest has them")
 
     def cleaned() -> str:
         if kept:
@@ -131,7 +147,7 @@ async def run_chain(
 
     events.subscribe(note_kept)
     try:
-        work = partial(_export, config, chain, attempt, events, report)
+        work = partial(_export, config, chain, attempt, events, report, profile)
         outcome = await until_interrupted(work, console, cleaned=cleaned)
         if report is not None:
             report.finish(outcome.manifest, outcome.manifest_uri)
@@ -142,7 +158,8 @@ async def run_chain(
     except Exception as error:
         told = error_to_tell(error)
         hint, code = (told.hint, told.exit_code) if isinstance(told, PipelineError) else ("", EXIT_FAILED)
-        events.emit(RunFailed(error=str(told), hint=hint, exit_code=code))
+        words = f"{told}; after: {cause_of(told)}" if isinstance(told, LeftBehindError) else str(told)
+        events.emit(RunFailed(error=words, hint=hint, exit_code=code))
         raise
     finally:
         if display is not None:
@@ -176,6 +193,7 @@ async def _export(
     attempt: Attempt | None,
     events: EventStream,
     report: RunReport | None,
+    profile: Profile | None,
 ) -> Outcome:
     from pipeline.config.planning import plan_run
     from pipeline.flow.engine import run_export
@@ -183,4 +201,9 @@ async def _export(
     async with plan_run(config, chain, events, attempt=attempt) as plan:
         if report is not None:
             report.begin(plan)
+        if profile is not None:
+            from stages.preflight.target import check_plan, gate
+
+            check_plan(profile, plan)
+            await gate(profile, plan, events)
         return await run_export(plan, events)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.commands.console import Console, run_async, until_interrupted, verb
+from pipeline.config.options import without_secrets
 from pipeline.errors import EXIT_OK, LeftBehindError, PlanError, StoreError
 from pipeline.units import format_duration, format_exact, parse_duration
 
@@ -22,7 +23,7 @@ def command() -> None:
     """Find and remove what runs left behind: open multipart uploads (which are billed), and temporary files.
 
     URL names the image, or with a slash at the end everything below it: s3://BUCKET/NAME, s3://BUCKET/, a path,
-    sftp://USER@HOST/PATH.
+    sftp://USER@HOST/PATH, davs://USER:PASSWORD@HOST/PATH.
     """
 
 
@@ -54,7 +55,7 @@ def abort_uploads(console: Console, url: str, endpoint: str, older_than: str | N
         raise PlanError(str(error), operation="uploads abort") from None
     if names_many(url) and age_s is None and upload_id is None:
         raise PlanError(
-            f"{url} names more than one image, and some of them may be on their way now",
+            f"{without_secrets(url)} names more than one image, and some of them may be on their way now",
             operation="uploads abort",
             hint="Add --older-than 1d (or --upload-id), or name the image.",
         )
@@ -75,9 +76,10 @@ async def _show(console: Console, url: str, endpoint: str) -> int:
     known = sum(one.size or 0 for one in found)
     console.tell("uploads", count=len(found), bytes=known)
     if not found:
-        console.say(f"nothing was left behind under {url}")
+        console.say(f"nothing was left behind under {without_secrets(url)}")
     else:
-        console.say(f"{len(found)} left behind, {format_exact(known)}. Remove: pipeline uploads abort {url} ...")
+        shown = without_secrets(url)
+        console.say(f"{len(found)} left behind, {format_exact(known)}. Remove: pipeline uploads abort {shown} ...")
     return EXIT_OK
 
 
@@ -112,7 +114,7 @@ async def _remove(console: Console, url: str, endpoint: str, age_s: float | None
             commands=tuple(one.command for one, _ in failed),
             operation="uploads abort",
         )
-    console.say(f"{removed} removed" if removed else f"nothing to remove under {url}")
+    console.say(f"{removed} removed" if removed else f"nothing to remove under {without_secrets(url)}")
     return EXIT_OK
 
 

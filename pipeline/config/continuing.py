@@ -22,7 +22,7 @@ from pipeline.flow.placement import lies_on_disk
 from pipeline.flow.resume import JournalError, Recheck, RunJournal, other_disk
 from pipeline.flow.stage import Layout, SourceInfo, StageContext
 
-HEADER_VERSION = 1
+HEADER_VERSION = 2
 _DISCARD_HINT = "Run it with the old value to go on, or remove what was sent and start anew: --discard."
 
 
@@ -72,7 +72,7 @@ def open_journal(
     """
     if attempt is None:
         return None
-    reason = _why_none(config, chain)
+    reason = why_none(config, chain)
     if reason:
         if attempt.mode is not Mode.NEW:
             raise PlanError(f"--{attempt.mode.value} does not work here: {reason}", operation="plan")
@@ -98,19 +98,24 @@ def open_journal(
     return journal
 
 
-def _why_none(config: ExportConfig, chain: WiredChain) -> str:
+def told_resume(config: ExportConfig, chain: WiredChain) -> str:
+    """Whether a killed run of this chain can be gone on with, for people who plan one."""
+    reason = why_none(config, chain)
+    return f"not possible: {reason}" if reason else f"with --resume, by {journal_path(config)}"
+
+
+def why_none(config: ExportConfig, chain: WiredChain) -> str:
     """Why this chain keeps no journal; empty where it does."""
     if config.export.journal == "off":
         return 'journal = "off" in [export]'
     if not chain.writer.spec.resumable:
         return f"an upload of {chain.writer.name} can't be gone on with"
-    if not chain.encoder.spec.checkpointed:
-        return f"{chain.encoder.name} can't save its state"
-    for stage in (*chain.compressors, *chain.checks):
-        return f"the state of {stage.name} is not noted yet"
-    map_unit = chain.encoder.spec.map_unit
-    if map_unit is not None and map_unit(chain.encoder.options, chain.order):
-        return f"{chain.encoder.name} depends on the map of the whole disk here"
+    for stage in chain.stages:
+        why = stage.spec.not_resumable
+        if why is not None and (reason := why(stage.options)):
+            return reason
+        if not stage.spec.checkpointed:
+            return f"{stage.name} can't save its state"
     if chain.order is Order.RANDOM:
         return f"{chain.encoder.name} goes back to what it wrote before"
     return ""
@@ -179,6 +184,7 @@ def describe(
     *,
     window: int,
     encoder_identity: str,
+    map_identity: str,
     target: str,
 ) -> dict[str, Any]:
     """The header of a journal: everything that has to be the same in a later process."""
@@ -201,6 +207,7 @@ def describe(
             "order": chain.order.value,
         },
         "encoder": encoder_identity,
+        "map": map_identity,
     }
 
 
@@ -237,6 +244,12 @@ def compare(journal: RunJournal, now: Mapping[str, Any]) -> None:
             f"this is not the disk that was being exported: its {what} was {old}, is {new}",
             operation="resume",
             hint="Name the right disk, or remove what was sent and start anew: --discard.",
+        )
+    if before.get("map") != now["map"]:
+        raise PlanError(
+            "the disk changed since it was sent: other parts of it hold data now",
+            operation="resume",
+            hint="An image of two moments would not boot or lose files. Export a snapshot, and start anew: --discard.",
         )
     if before.get("encoder") != now["encoder"]:
         # Bytes of one codec can't go on in the middle of a part that another began.

@@ -157,7 +157,7 @@ def _value(text: str, item: OptionField) -> Any:
 
 def _source(asked: Conversion) -> tuple[str, dict[str, Any]]:
     if asked.is_disk:
-        return "read.disk", {"path": _path(asked.source)}
+        return "read.disk", {"path": _path(asked.source), "blocks": "all"}
     options: dict[str, Any] = {"url" if _is_url(asked.source) else "path": _path(asked.source)}
     options["format"] = FORMAT_ALIASES.get(asked.source_format, asked.source_format)
     optional = {

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pipeline.units import format_size
 
@@ -22,6 +23,12 @@ _DEPTH_MAX = 16
 # Devices that are no disks of a machine: memory, floppies, optical drives, network block devices without a server.
 _NO_DISKS = re.compile(r"(ram|zram|loop|fd|sr|nbd|dm-|md)\d*")
 _NETWORK = ("nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "9p", "ceph", "glusterfs", "fuse.glusterfs", "lustre")
+_UDEV_TAGS = {
+    "ID_FS_UUID": "UUID",
+    "ID_FS_LABEL": "LABEL",
+    "ID_PART_ENTRY_UUID": "PARTUUID",
+    "ID_PART_ENTRY_NAME": "PARTLABEL",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,10 +165,54 @@ class Machine:
             return None
         return self._disk(node.parent.name)
 
+    def disks_below(self, mount: Mount) -> set[str]:
+        """The whole disks below a mounted filesystem; nothing for one without a device."""
+        return self._below(self._device_of(mount))
+
+    def disks_of(self, number: str) -> set[str]:
+        """The whole disks below a device number ("8:1"); nothing where there is no such device."""
+        return self._below(number)
+
     def disk_names(self, path: str) -> set[str]:
         """The whole disks below a device path; nothing for what is no block device."""
         node = self._node_named(Path(os.path.realpath(path)).name)
         return self._below_node(node) if node is not None else set()
+
+    @property
+    def firmware(self) -> Literal["bios", "uefi"]:
+        """What started this machine."""
+        return "uefi" if (self._root / "sys/firmware/efi").exists() else "bios"
+
+    def network_cards(self) -> list[str]:
+        """Network interfaces that are hardware, by name."""
+        try:
+            names = sorted(entry.name for entry in (self._root / "sys/class/net").iterdir())
+        except OSError:
+            return []
+        return [name for name in names if (self._root / "sys/class/net" / name / "device").exists()]
+
+    def sector_size(self, name: str) -> int | None:
+        """Bytes of a sector of a disk as it says itself; None where it does not."""
+        told = _text(self._root / "sys/block" / name / "queue/logical_block_size")
+        return int(told) if told.isdigit() else None
+
+    def known_by_udev(self) -> dict[str, set[str]]:
+        """What udev knows of all devices: UUID=..., LABEL=... and the like -> the whole disks below.
+
+        Needs no right to read a disk. Source: systemd's device database below /run/udev/data; blkid(8).
+        """
+        found: dict[str, set[str]] = {}
+        try:
+            files = sorted((self._root / "run/udev/data").glob("b*:*"))
+        except OSError:
+            return found
+        for file in files:
+            below = self._below(file.name[1:])
+            for line in _text(file).splitlines():
+                name, _, value = line.removeprefix("E:").partition("=")
+                if name in _UDEV_TAGS and value and below:
+                    found.setdefault(f"{_UDEV_TAGS[name]}={value}", set()).update(below)
+        return found
 
     @property
     def memory(self) -> int:

@@ -58,7 +58,27 @@ class ObserveOptions:
             raise ValueError("prometheus must end in .prom: node exporter reads no other file of its folder")
 
 
-SECTIONS: dict[str, type[Any]] = {"export": ExportOptions, "observe": ObserveOptions}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetOptions:
+    """The `[target]` section: the cloud that the image is for."""
+
+    profile: str | None = option(
+        None, doc="Its rules: a name of `pipeline profiles`, or the path of a file of yours.", example='"tencent"'
+    )
+    boot_mode: Literal["bios", "uefi"] | None = option(
+        None, doc="How machines start there; default: as the profile says."
+    )
+    kind: Literal["system", "data"] = option(
+        "system", doc="A data disk boots nothing: only disk, size and format are checked."
+    )
+    ignore: tuple[str, ...] = option((), doc="Ids of rules of the preflight that do not stop the run; recorded.")
+
+    def __post_init__(self) -> None:
+        if self.profile is None and (self.boot_mode or self.ignore or self.kind != "system"):
+            raise ValueError("[target] has no profile: without one nothing is checked")
+
+
+SECTIONS: dict[str, type[Any]] = {"export": ExportOptions, "target": TargetOptions, "observe": ObserveOptions}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +109,7 @@ class ExportConfig:
     export: ExportOptions
     observe: ObserveOptions
     stages: tuple[StageConfig, ...]
+    target: TargetOptions
     file: Path
     text: str = field(repr=False)
     catalog: Catalog = field(repr=False, compare=False)
@@ -244,6 +265,7 @@ class _Reader:
     def read(self) -> Draft:
         export = self._section("export")
         observe = self._section("observe")
+        target = self._section("target")
         stages, all_known = self._stages()
         self._unknown_sections()
         config = None
@@ -251,6 +273,7 @@ class _Reader:
             config = ExportConfig(
                 export=export,
                 observe=observe,
+                target=target,
                 stages=stages,
                 file=self._file,
                 text=self._text,
@@ -275,7 +298,11 @@ class _Reader:
                 self._fault(place, f"unknown section [{name}]", suggest(name, [*SECTIONS, "stage"]))
                 continue
             owner = next((title for title, kind in SECTIONS.items() if name in _names(kind)), "")
-            hint = f"it belongs below [{owner}]" if owner else "options stand below [export], [observe] or a [[stage]]"
+            hint = (
+                f"it belongs below [{owner}]"
+                if owner
+                else "options stand below [export], [target], [observe] or a [[stage]]"
+            )
             self._fault(place, f'option "{name}" stands outside of any section', hint)
 
     def _section(self, name: str) -> Any:

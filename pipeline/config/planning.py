@@ -7,14 +7,24 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import anyio
 
-from pipeline.config.continuing import Attempt, begin_or_compare, describe, head_length, open_journal
+from pipeline.config.continuing import (
+    Attempt,
+    begin_or_compare,
+    describe,
+    head_length,
+    journal_path,
+    open_journal,
+    told_resume,
+)
+from pipeline.config.options import Secret, without_secrets
 from pipeline.config.parse import MEMORY_MIN, ExportConfig, StageConfig
 from pipeline.config.wiring import WiredChain
 from pipeline.errors import PlanError, first_error
@@ -86,6 +96,7 @@ class RunPlan:
         recorder: of the map; with what earlier processes of the export saw.
         journal: None where the run keeps none.
         start: where the disk is read from, and the image written.
+        preflight: what the rules of [target] said, for the manifest.
     """
 
     config: ExportConfig
@@ -109,6 +120,7 @@ class RunPlan:
     recorder: MapRecorder = field(default_factory=MapRecorder)
     journal: RunJournal | None = None
     start: Start = field(default_factory=Start)
+    preflight: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -134,6 +146,7 @@ class RunPlan:
             ("chain", " -> ".join(self.chain.names)),
             ("disk", format_exact(self.info.size)),
             ("to read", f"{format_exact(self.info.mapped_bytes)} by the source's map"),
+            *self.info.summary,
             ("image", f"{self.layout.format}, {format_exact(exact)}" if exact is not None
              else f"{self.layout.format}, at most {format_exact(longest)}"),
             ("virtual size", format_exact(self.layout.virtual_size)),
@@ -142,8 +155,14 @@ class RunPlan:
                        f"{format_size(memory.made + memory.compressed)} for made bytes, {memory.workers} threads"),
             *self.sink_plan.summary,
             ("target", self.target_uri),
-            *((("notes", "; ".join(self.layout.notes)),) if self.layout.notes else ()),
+            ("after a kill", told_resume(self.config, self.chain)),
+            *((("notes", "; ".join(self.notes)),) if self.notes else ()),
         )  # fmt: skip
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should read before the start."""
+        return (*self.info.notes, *self.layout.notes)
 
 
 def target_uri(chain: WiredChain) -> str:
@@ -151,7 +170,8 @@ def target_uri(chain: WiredChain) -> str:
     options = chain.writer.options
     if command := getattr(options, "command", None):
         return "| " + shlex.join(command)
-    return str(getattr(options, "url", None) or getattr(options, "path", None) or chain.writer.spec.name)
+    place = getattr(options, "url", None) or getattr(options, "path", None) or chain.writer.spec.name
+    return f"the URL in ${place.name}" if isinstance(place, Secret) else without_secrets(str(place))
 
 
 @asynccontextmanager
@@ -163,11 +183,13 @@ async def plan_run(
     clock: Clock | None = None,
     fuse: bool = True,
     attempt: Attempt | None = None,
+    is_rehearsal: bool = False,
 ) -> AsyncIterator[RunPlan]:
     """Open the source read-only, ask the encoder and the writer, divide the memory; close both at the end.
 
     Args:
-        attempt: how a run that keeps a journal begins; None: it keeps none (a plan that is only looked at).
+        attempt: how a run that keeps a journal begins; None: it keeps none.
+        is_rehearsal: the plan is only looked at; nothing is frozen.
     Raises:
         PlanError: it can't work for this disk or this target. SourceError, StoreError: it could not be found out.
         AlreadyFinished: an earlier process of the export to be resumed published the image.
@@ -187,6 +209,8 @@ async def plan_run(
         clock=clock or RealClock(),
         export_name=config.export.name,
         order=chain.order,
+        is_rehearsal=is_rehearsal,
+        own_files=tuple(_own_files(config, chain)),
     )
     try:
         source = _build(chain.source, context)
@@ -201,7 +225,9 @@ async def plan_run(
             raise PlanError("the source is empty", path=info.path, hint="Name the disk itself, not an empty file.")
         context.facts.put(DISK_SIZE, info.size)
         context.progress.disk_bytes = info.size
-        inner, window = _layout(chain, info)
+        find_head_minimum = chain.writer.spec.head_minimum
+        head_minimum = await find_head_minimum(chain.writer.options) if find_head_minimum is not None else None
+        inner, window = _layout(chain, info, head_minimum)
         layout = _wrapped(chain, inner, window)
         compressed_max = layout.made_max if chain.compressors else 0
         sink = chain.writer.spec.sink
@@ -216,7 +242,7 @@ async def plan_run(
         unit = chain.encoder.spec.map_unit and chain.encoder.spec.map_unit(chain.encoder.options, chain.order)
         if unit:
             found = await map_disk(chain, source, info, context, memory, unit)
-            inner, _ = _layout(chain, info, found)
+            inner, _ = _layout(chain, info, head_minimum, found)
             layout = _wrapped(chain, inner, window)
             context = replace(context, layout=inner)
         functions = [_build(stage, context) for stage in chain.functions]
@@ -234,6 +260,7 @@ async def plan_run(
             compressed_max=compressed_max,
         )
         encoder: Encoder[Any] = _build(chain.encoder, context)
+        compressor: Compressor[Any] | None = _build(compressors[0], outside) if compressors else None
         if fuse:  # the stages of a chain that is not fused are at different blocks at the same time
             journal = open_journal(attempt, config, chain, info, context)
         meters = [StageMeter(name, parallelism=memory.workers) for name in chain.names]
@@ -241,14 +268,16 @@ async def plan_run(
         writer_meter.parallelism = 1
         writer = _build(chain.writer, replace(outside, replay=replay, meter=writer_meter, journal=journal))
         if journal is not None and attempt is not None:
-            journal.resends = layout.positional and not chain.compressors
+            # A digest of the image holds what was sent first, and can't forget it.
+            journal.resends = layout.positional and not chain.compressors and not chain.checks
             journal.expected = describe(
                 config,
                 chain,
                 info,
                 layout,
                 window=window,
-                encoder_identity=getattr(encoder, "identity", ""),
+                encoder_identity=" ".join(getattr(one, "identity", "") for one in (encoder, compressor) if one),
+                map_identity=inner.map.identity if inner.map is not None else "",
                 target=target_uri(chain),
             )
             await begin_or_compare(journal, attempt, writer, context)
@@ -270,8 +299,12 @@ async def plan_run(
         )
         memory = replace(memory, total=config.export.memory)
         context.ledger.total = memory.made
-        replay.checkpoints = Checkpoints(sink_plan.boundaries)
+        replay.checkpoints = Checkpoints(sink_plan.boundaries, skips_grow=inner.skips_grow)
         recorder = MapRecorder()
+        checks = [
+            _build(stage, replace(outside, meter=meters[chain.names.index(stage.name)], journal=journal))
+            for stage in chain.checks
+        ]
         if journal is not None and journal.is_unfinished:
             begun = await restart(
                 journal,
@@ -280,6 +313,8 @@ async def plan_run(
                 source=source,
                 make_functions=lambda: [_build(stage, context) for stage in chain.functions],
                 make_encoder=lambda: _build(chain.encoder, context),
+                compressor=compressor,
+                checks=checks,
                 window=window,
                 workers=memory.workers,
                 threads=threads,
@@ -294,10 +329,8 @@ async def plan_run(
             source=source,
             functions=functions,
             encoder=encoder,
-            compressor=_build(compressors[0], outside) if compressors else None,
-            checks=[
-                _build(stage, replace(outside, meter=meters[chain.names.index(stage.name)])) for stage in chain.checks
-            ],
+            compressor=compressor,
+            checks=checks,
             writer=writer,
             info=info,
             inner=inner,
@@ -322,6 +355,19 @@ async def plan_run(
                 await source.close()
 
 
+def _own_files(config: ExportConfig, chain: WiredChain) -> Iterator[Path]:
+    """Local paths that a run writes to."""
+    yield config.export.manifest or config.file.absolute()
+    if config.export.journal != "off":
+        yield journal_path(config)
+    for asked in (config.observe.report, config.observe.prometheus, config.observe.log_file):
+        if asked is not None:
+            yield asked
+    target = getattr(chain.writer.options, "path", None)
+    if target is not None and not getattr(chain.writer.options, "url", None):
+        yield Path(target)
+
+
 def _build(stage: StageConfig, context: StageContext) -> Any:
     """The stage itself, with a context of its name."""
     return stage.spec.build(stage.options, replace(context, name=stage.spec.name))
@@ -335,7 +381,12 @@ def _wrapped(chain: WiredChain, layout: Layout, window: int) -> Layout:
     return layout
 
 
-def _layout(chain: WiredChain, info: SourceInfo, found: DataMap | None = None) -> tuple[Layout, int]:
+def _layout(
+    chain: WiredChain,
+    info: SourceInfo,
+    find_head_minimum: Callable[[int], int] | None,
+    found: DataMap | None = None,
+) -> tuple[Layout, int]:
     """The encoder's layout and the window: 2 MiB where anything compresses, else 4 MiB, unless the user chose."""
 
     def ask(window: int, head_minimum: int) -> Layout:
@@ -356,6 +407,11 @@ def _layout(chain: WiredChain, info: SourceInfo, found: DataMap | None = None) -
     # An image that fits into one request needs no head of its own: nothing is sent before its end is known.
     if chain.order is Order.HEAD_LAST and sink and sink.parts and layout.image_bytes_max > sink.parts.whole_max:
         head_minimum = sink.parts.part_min
+        layout = ask(window, head_minimum)
+        # A longer head makes the image longer, and that the parts of a store that wants them equal.
+        while find_head_minimum is not None and (longer := find_head_minimum(layout.image_bytes_max)) > head_minimum:
+            head_minimum = longer
+            layout = ask(window, head_minimum)
     return ask(window, head_minimum), window
 
 

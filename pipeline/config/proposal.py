@@ -59,6 +59,8 @@ class Proposal:
         mounted: where the disk is mounted so that it can be written; empty for a disk that holds still.
         whole_disk: the disk that `disk` is only a partition of, else nothing.
         memory: bytes of memory that the machine has left; 0 where unknown.
+        profile: the cloud that the image is for, as [target] names it; empty for none.
+        encoder: the stage that the profile wants, with its option (name, value); empty: as the target's name asks.
     """
 
     name: str
@@ -69,6 +71,9 @@ class Proposal:
     mounted: tuple[str, ...] = ()
     whole_disk: str = ""
     memory: int = 0
+    profile: str = ""
+    encoder: str = ""
+    encoder_option: tuple[str, str] | None = None
 
 
 def target_of(url: str, catalog: Catalog, endpoint: str = "") -> Target:
@@ -103,14 +108,15 @@ def encoder_of(target: Target, catalog: Catalog) -> str:
 
 def proposal_text(proposal: Proposal, catalog: Catalog) -> str:
     """The export file. It passes `pipeline check`."""
-    encoder = encoder_of(proposal.target, catalog)
+    encoder = proposal.encoder or encoder_of(proposal.target, catalog)
     parts = [
         _head(proposal),
         _export(proposal),
+        *([_target(proposal)] if proposal.profile else []),
         _source(proposal),
         _stage("checksum.guest", note="a digest of what was read, before anything else looks at it"),
         _stage("sparse.zeros", note="zeros that are stored on the disk need not be stored again"),
-        _encoder(encoder),
+        _encoder(encoder, proposal.encoder_option),
         _writer(proposal.target),
         *_verifiers(proposal.target, catalog),
     ]
@@ -171,7 +177,19 @@ def _source(proposal: Proposal) -> str:
     return "\n".join(lines)
 
 
-def _encoder(name: str) -> str:
+def _target(proposal: Proposal) -> str:
+    lines = [
+        "[target]",
+        _line("profile", proposal.profile, 7, "its rules are asked before anything is sent: pipeline preflight"),
+        _note('# kind = "data"', "a disk that boots nothing: only disk, size and format are looked at"),
+    ]
+    return "\n".join(lines)
+
+
+def _encoder(name: str, option: tuple[str, str] | None = None) -> str:
+    if option is not None:
+        text = _stage(name, note="what the profile of [target] takes")
+        return f"{text}\n{_line(*option, 3)}"
     text = _stage(name, note=_WHY.get(name, "as the name of the target asks"))
     if name != "encode.qcow2":
         return text

@@ -24,6 +24,7 @@ Schema = dict[str, Any]
 DIALECT = "http://json-schema.org/draft-07/schema#"
 _SECTION_DOCS = {
     "export": "The run as a whole.",
+    "target": "The cloud that the image is for: its rules are checked before anything is sent.",
     "observe": "What is told of the run, and where.",
 }
 

@@ -16,7 +16,7 @@ from pipeline.flow.items import ImageWindow, Piece
 from pipeline.flow.meter import StageMeter
 from pipeline.flow.parallel import in_thread, ordered_map
 from pipeline.flow.replay import Checkpoints, Mark, Marks
-from pipeline.flow.stage import Compressor
+from pipeline.flow.stage import Compressor, Inner, Start
 
 # A window may keep this many buffers of the pool from being read into again: its own, and the one in which the window
 # before it ends. A sparse image gets a window's bytes from many buffers, and they would all be held at once: then its
@@ -45,7 +45,10 @@ class Gatherer:
     Args:
         window: image bytes.
         ledger, made_max: charged before a window takes its first data, so that windows get their memory in order.
-        start: image offset of the first piece; a window begins there.
+        start: image offset of the first window.
+        first: image offset of the first piece, at or before that; what lies before the first window is dropped.
+        loose: guest bytes that the first window accounts for besides its pieces; less than 0 where pieces before it
+            bring more than is missing.
         mark_at: asked at the begin of every window, on the event loop.
         buffers_held: how many buffers of the pool a window may keep before it copies.
     """
@@ -57,6 +60,8 @@ class Gatherer:
         ledger: Ledger,
         made_max: int,
         start: int = 0,
+        first: int | None = None,
+        loose: int = 0,
         mark_at: Callable[[int], Mark | None] = lambda offset: None,
         meter: StageMeter | None = None,
         buffers_held: int = _BUFFERS_HELD,
@@ -67,7 +72,9 @@ class Gatherer:
         self._made_max = made_max
         self._mark_at = mark_at
         self._meter = meter or StageMeter("")
-        self.position = start
+        self.position = start if first is None else first
+        self._start = start
+        self._loose = loose
         self._open: Gathered | None = None
         self._buffers: list[Slice] = []
         self._copy: bytearray | None = None
@@ -78,7 +85,7 @@ class Gatherer:
         Raises:
             StageError: a piece does not follow the one before it.
         """
-        loose = 0
+        loose = self._loose
         async for piece in pieces:
             if piece.offset != self.position:
                 piece.release()
@@ -86,6 +93,11 @@ class Gatherer:
                     "a piece came out of order", operation="compress", offset=piece.offset, expected=self.position
                 )
             done = counted = 0
+            if piece.offset < self._start:
+                done = min(piece.length, self._start - piece.offset)
+                counted = piece.guest_bytes * done // piece.length if piece.length else 0
+                loose += counted
+                self.position += done
             if not piece.length:
                 loose += piece.guest_bytes
             while done < piece.length:
@@ -168,6 +180,9 @@ class CompressingSegment:
     Args:
         ledger, made_max: memory of its own: pieces in, pieces out and the stages around can't starve each other.
         marks: the encoder's states, where bytes may have to be made again.
+        start: where an earlier process of the export had come to.
+        on_window: called on the loop before every window is placed, with its offset in the image before compressing,
+            and how much of the disk the windows before it account for.
     """
 
     def __init__(
@@ -182,6 +197,8 @@ class CompressingSegment:
         workers: int,
         checkpoints: Checkpoints,
         marks: Marks,
+        start: Start | None = None,
+        on_window: Callable[[int, int], None] | None = None,
     ) -> None:
         self._compressor = compressor
         self._meter = meter
@@ -189,7 +206,20 @@ class CompressingSegment:
         self._workers = workers
         self._checkpoints = checkpoints
         self._marks = marks
-        self._gatherer = Gatherer(window=window, ledger=ledger, made_max=made_max, mark_at=marks.at, meter=meter)
+        start = start or Start()
+        inner = start.inner or Inner()
+        self._guest_bytes = start.guest_bytes
+        self._on_window = on_window
+        self._gatherer = Gatherer(
+            window=window,
+            ledger=ledger,
+            made_max=made_max,
+            start=inner.window_offset,
+            first=inner.position,
+            loose=inner.guest_bytes - start.guest_bytes,
+            mark_at=marks.at,
+            meter=meter,
+        )
 
     async def run(self, inlet: Inlet[Piece], outlet: Outlet[Any]) -> None:
         """Take every piece, then finish. The engine ends the outlet."""
@@ -219,6 +249,9 @@ class CompressingSegment:
         self._meter.working_s += done.spent_s
         self._meter.items += 1
         self._meter.guest_bytes += done.guest_bytes
+        if self._on_window is not None:
+            self._on_window(done.offset, self._guest_bytes)
+        self._guest_bytes += done.guest_bytes
         self._checkpoints.before_window(self._compressor, done.gathered.mark, done.offset, reach=2 * done.length)
         await self._send(self._compressor.place(done.prepared), outlet)
 

@@ -41,10 +41,10 @@ from pipeline.flow.manifest import MANIFEST_SUFFIX, DiskRecord, ImageRecord, Man
 from pipeline.flow.mapping import SKIPPED_RANGES, MapRecorder
 from pipeline.flow.meter import StageMeter, find_bottleneck
 from pipeline.flow.replay import Marks
-from pipeline.flow.resume import RunJournal, remembering
+from pipeline.flow.resume import RunJournal, remembering, remembering_checks
 from pipeline.flow.segment import Segment
 from pipeline.flow.series import SeriesRecorder
-from pipeline.flow.stage import Start, Verifier, make_load
+from pipeline.flow.stage import Compressor, ConcludingSource, Start, Verifier, make_load
 
 if TYPE_CHECKING:
     from pipeline.config.planning import RunPlan
@@ -92,7 +92,7 @@ async def run_export(plan: RunPlan, events: EventStream) -> Outcome:
     context = plan.context
     emit = events.emit
     over_time = SeriesRecorder()
-    events.subscribe(over_time)
+    events.subscribe(over_time, with_fallbacks=True)
     emit(
         RunPlanned(
             name=plan.name,
@@ -103,7 +103,7 @@ async def run_export(plan: RunPlan, events: EventStream) -> Outcome:
             window_bytes=context.window,
             memory_bytes=plan.memory_plan.total,
             target=plan.target_uri,
-            notes=plan.layout.notes,
+            notes=plan.notes,
         )
     )
     emit(RunStarted(name=plan.name))
@@ -116,6 +116,8 @@ async def run_export(plan: RunPlan, events: EventStream) -> Outcome:
         try:
             async with _sampling(plan, recorder, begun):
                 stored = await _transfer(plan, recorder, memory, compressed)
+                if isinstance(plan.source, ConcludingSource):
+                    await plan.source.conclude()
         finally:
             memory.pool.close()
         transfer_s = time.monotonic() - begun
@@ -237,7 +239,7 @@ def _segments(
         "encoder": plan.encoder,
         "observed": recorder.observe,
         "checkpoints": marks or plan.checkpoints,
-        "start": plan.start,
+        "start": plan.start.of_encoder,
         "on_boundary": _point_taker(plan),
         **shared,
     }
@@ -265,6 +267,8 @@ def _segments(
             workers=plan.memory_plan.workers,
             checkpoints=plan.checkpoints,
             marks=marks,
+            start=plan.start,
+            on_window=_window_point_taker(plan, plan.compressor),
         )
         segments.append((compressing.run, [meter]))
     for stage, check in zip(plan.chain.checks, plan.checks, strict=True):
@@ -278,9 +282,24 @@ def _point_taker(plan: RunPlan) -> Callable[[Start, bool], None] | None:
     if journal is None:
         return None
     noted = remembering(plan.functions, plan.recorder)
+    checks = remembering_checks(plan.checks)
 
     def take(here: Start, is_end: bool) -> None:
-        journal.take_point(plan.encoder, here, noted, is_end=is_end)
+        journal.take_point(
+            plan.encoder, here, noted, checks=checks, is_end=is_end, is_inner=plan.compressor is not None
+        )
+
+    return take
+
+
+def _window_point_taker(plan: RunPlan, compressor: Compressor[Any]) -> Callable[[int, int], None] | None:
+    """What makes points of the encoder's states where a compressor stands behind it."""
+    journal = plan.journal
+    if journal is None:
+        return None
+
+    def take(window_offset: int, guest_bytes: int) -> None:
+        journal.take_outer_point(compressor, window_offset, guest_bytes)
 
     return take
 
@@ -295,8 +314,10 @@ def acknowledge_earlier(plan: RunPlan) -> None:
 def _check_conservation(plan: RunPlan, channels: list[Channel[Any]]) -> None:
     """Guest bytes are conserved on every edge, and all of them are in the store."""
     size = plan.info.size
-    earlier = plan.start.guest_bytes
+    behind = 1 + len(plan.checks) if plan.compressor else len(channels)  # edges behind the compressor, or all
     for number, channel in enumerate(channels):
+        start = plan.start if number >= len(channels) - behind else plan.start.of_encoder
+        earlier = start.guest_bytes
         if channel.guest_bytes != size - earlier:
             raise StageError(f"edge {number} carried {channel.guest_bytes} of {size - earlier} guest bytes")
     if plan.context.progress.acked_bytes != size:
@@ -504,6 +525,7 @@ def _manifest(
         facts=facts,
         options={
             "export": _shown(plan.config.export),
+            **({"target": _shown(plan.config.target)} if plan.config.target.profile else {}),
             **{stage.spec.name: _shown(stage.options) for stage in plan.chain.stages},
         },
         receipt=receipt.proofs if receipt else (),
@@ -516,6 +538,7 @@ def _manifest(
         bottleneck=bottleneck,
         elapsed_s=elapsed_s,
         attempts=plan.journal.attempts if plan.journal else 1,
+        preflight=plan.preflight,
     )
 
 

@@ -66,6 +66,7 @@ class Manifest:
         timings: per stage, seconds working / waiting for input / for output / for a buffer; of the last attempt.
         series: how it went over time, see `pipeline.flow.series.Series.to_json`; for the report.
         attempts: processes that the export took.
+        preflight: what the rules of [target] said before the start: profile, boot_mode, verdict, ignored, findings.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Manifest:
     elapsed_s: float = 0.0
     series: dict[str, Any] = field(default_factory=dict)
     attempts: int = 1
+    preflight: dict[str, Any] = field(default_factory=dict)
     version: int = VERSION
 
     @property

@@ -3,6 +3,10 @@
 A run notes what its store acknowledged, and about once a second a *point*: the encoder's state at a block boundary. The
 next process starts at the last point below the lowest image byte that is not stored. What had been observed of the disk
 up to there (leaf digests, the map) lies in a file of its own beside the journal, appended to at every point.
+
+Where a compressor stands behind the encoder, a point is a pair: the compressor's state at the begin of a window, and
+the encoder's last one at or before the byte with which that window begins. A check of the image lags behind both; a
+point counts only where a later note of the check covers it.
 """
 
 from __future__ import annotations
@@ -11,8 +15,9 @@ import json
 import random
 import secrets
 import struct
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,10 +41,13 @@ from pipeline.flow.mapping import MapRecorder
 from pipeline.flow.parallel import in_thread, ordered_map
 from pipeline.flow.stage import (
     Clock,
+    Compressor,
     Encoder,
     FunctionStage,
+    Inner,
     KeptPart,
     Remembering,
+    RememberingCheck,
     Source,
     SourceInfo,
     Start,
@@ -48,16 +56,19 @@ from pipeline.flow.stage import (
 from pipeline.units import MiB
 
 # A point costs the encoder's state (a few KiB to a few hundred) and a write. Twice as often halves what is made again
-# after a kill; it is a second of work already.
+# after a kill; it is a second of work already. Where a point takes long (the states of many terabytes), they are fewer:
+# their share of the time stays below a hundredth.
 POINT_EVERY_S = 1.0
+POINT_SHARE = 100
 SYNC_EVERY_S = 1.0
 # The journal is written anew when it is this much longer than what of it still counts, and twice as long.
 SLACK = 4 * MiB
 # Windows that are read again before a run goes on, unless all of them are: at most 256 MiB, a second or two.
 SAMPLE_WINDOWS = 64
 
-_HEADER, _UPLOAD, _PART, _MARK, _POINT, _END, _DROPPED = range(1, 8)
-_POINT_HEAD = struct.Struct("<QQQ")
+_HEADER, _UPLOAD, _PART, _MARK, _POINT, _END, _DROPPED, _CHECKED = range(1, 9)
+# position, guest offset, guest bytes, cover; inner position, guest bytes, window offset; lengths of both states
+_POINT_HEAD = struct.Struct("<7QII")
 _U64 = struct.Struct("<Q")
 _U32 = struct.Struct("<I")
 # What must be equal for two sources to be one disk. Whatever else differs (name, inode, time of change, a number that
@@ -72,18 +83,65 @@ class Point:
     """An encoder's state before the block at `guest_offset`, when its next image byte was `position`.
 
     Attributes:
+        position: of the image that is stored.
         guest_bytes: that all pieces before accounted for.
+        cover: everything before `position` was made of guest bytes below this.
+        outer: the compressor's state, where there is one; `inner` says where the encoder was then.
     """
 
     position: int
     guest_offset: int
     guest_bytes: int
     state: bytes
+    cover: int
+    inner: Inner | None = None
+    outer: bytes = b""
 
     @property
     def start(self) -> Start:
         """Where a run that begins here begins."""
-        return Start(position=self.position, guest_offset=self.guest_offset, guest_bytes=self.guest_bytes)
+        return Start(
+            position=self.position, guest_offset=self.guest_offset, guest_bytes=self.guest_bytes, inner=self.inner
+        )
+
+    def to_record(self) -> Record:
+        """As it is noted."""
+        inner = self.inner or Inner()
+        head = _POINT_HEAD.pack(
+            self.position,
+            self.guest_offset,
+            self.guest_bytes,
+            self.cover,
+            inner.position,
+            inner.guest_bytes,
+            inner.window_offset,
+            len(self.state),
+            len(self.outer),
+        )
+        return Record(_POINT, head + self.state + self.outer)
+
+    @classmethod
+    def of_record(cls, payload: bytes) -> Point:
+        """What `to_record` noted."""
+        position, offset, counted, cover, *inner, length, outer = _POINT_HEAD.unpack_from(payload)
+        behind = _POINT_HEAD.size + length
+        return cls(
+            position,
+            offset,
+            counted,
+            payload[_POINT_HEAD.size : behind],
+            cover,
+            Inner(position=inner[0], guest_bytes=inner[1], window_offset=inner[2]) if outer else None,
+            payload[behind:],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Inside:
+    """The encoder's state at a block boundary, for the compressor behind it to make a point of."""
+
+    start: Start
+    state: bytes
 
 
 class JournalError(PlanError):
@@ -112,6 +170,11 @@ class RunJournal:
         self._broken = False
         self._is_closed = False
         self._next_point = float("-inf")
+        self._observed: list[tuple[int, list[bytes]]] | None = None
+        self._inside: deque[_Inside] = deque()
+        self._noted_to = 0  # guest offset that the last note of observations reaches
+        self._placing_to = 0  # guest offset of the last block boundary that was told
+        self._uncovered: Point | None = None
         self._low = 0
         self.header: dict[str, Any] = {}
         self.id = ""
@@ -201,8 +264,7 @@ class RunJournal:
             elif record.kind == _MARK:
                 self.mark = _U64.unpack(record.payload)[0]
             elif record.kind == _POINT:
-                head = _POINT_HEAD.unpack_from(record.payload)
-                self.points.append(Point(head[0], head[1], head[2], record.payload[_POINT_HEAD.size :]))
+                self.points.append(Point.of_record(record.payload))
             elif record.kind == _END:
                 self.published = json.loads(record.payload)["uri"]
         self._settle()
@@ -226,6 +288,9 @@ class RunJournal:
         self.start = Start(position=self._head_length)
         self.upload, self.parts, self.mark, self.points, self.published = {}, {}, 0, [], ""
         self.attempts = 1
+        self._noted_to = self._placing_to = 0
+        self._uncovered = None
+        self._inside.clear()
         self._settle()
         try:
             self._remove_leaves()
@@ -276,35 +341,86 @@ class RunJournal:
         start: Start,
         remembering: Sequence[Remembering],
         *,
+        checks: Sequence[RememberingCheck] = (),
         is_end: bool = False,
+        is_inner: bool = False,
     ) -> None:
         """Called before every block is observed and placed, and at the end; takes a point about once a second.
 
         Args:
             start: of a run that begins at this block.
             remembering: whose observations are noted, always in the same order.
+            checks: of the image, likewise.
             is_end: the disk was read to its end: always a point.
+            is_inner: a compressor is behind the encoder: `take_outer_point` makes the point.
         """
-        now = self._clock.now()
-        if self._broken or (not is_end and now < self._next_point) or start.guest_offset <= self._last_guest_offset:
+        here = start.guest_offset
+        self._placing_to = here
+        if self._uncovered is not None:
+            self._add_point(replace(self._uncovered, cover=here))
+            self._uncovered = None
+        begun = self._clock.now()
+        if self._broken or (not is_end and begun < self._next_point) or here <= self._noted_to:
             return
-        self._next_point = now + POINT_EVERY_S
         deltas = [one.delta() for one in remembering]
-        point = Point(start.position, start.guest_offset, start.guest_bytes, encoder.checkpoint())
-        self._append_leaves(start.guest_offset, deltas)
+        state = encoder.checkpoint()
+        self._append_leaves(_POINT, here, deltas)
+        self._noted_to = here
+        for check in checks:
+            if noted := check.delta():
+                self._append_leaves(_CHECKED, check.covered, [noted])
+        if is_inner:
+            self._inside.append(_Inside(start, state))
+        else:
+            self._add_point(Point(start.position, here, start.guest_bytes, state, here))
+        now = self._clock.now()
+        self._next_point = now + max(POINT_EVERY_S, POINT_SHARE * (now - begun))
+
+    def take_outer_point(self, compressor: Compressor[Any], window_offset: int, guest_bytes: int) -> None:
+        """Called before every window of a compressor is placed; makes a point of the encoder's last state before it.
+
+        Args:
+            window_offset: where the window begins in the image before compressing.
+            guest_bytes: how much of the disk the windows before account for.
+        """
+        found: _Inside | None = None
+        while self._inside and self._inside[0].start.position <= window_offset:
+            found = self._inside.popleft()
+        if found is None or self._broken:
+            return
+        begun = self._clock.now()
+        inner = Inner(position=found.start.position, guest_bytes=found.start.guest_bytes, window_offset=window_offset)
+        # Blocks that were placed since are in what is stored, too, and the last one may be on its way: until the next
+        # boundary is told nobody knows where it ends.
+        self._uncovered = Point(
+            compressor.position,
+            found.start.guest_offset,
+            guest_bytes,
+            found.state,
+            self._placing_to,
+            inner,
+            compressor.checkpoint(),
+        )
+        if self._placing_to >= self._disk_size > 0:
+            self._add_point(self._uncovered)
+            self._uncovered = None
+        now = self._clock.now()
+        self._next_point = max(self._next_point, now + POINT_SHARE * (now - begun))
+
+    def _add_point(self, point: Point) -> None:
         self.points.append(point)
-        self._append(_point_record(point))
+        self._append(point.to_record())
 
     @property
-    def _last_guest_offset(self) -> int:
-        return self.points[-1].guest_offset if self.points else self.start.guest_offset
+    def _disk_size(self) -> int:
+        return int(self.header.get("source", {}).get("size", 0))
 
-    def _append_leaves(self, guest_offset: int, deltas: Sequence[bytes]) -> None:
-        body = [_U64.pack(guest_offset)]
+    def _append_leaves(self, kind: int, behind: int, deltas: Sequence[bytes]) -> None:
+        body = [_U64.pack(behind)]
         for delta in deltas:
             body += [_U32.pack(len(delta)), delta]
         try:
-            self._opened_leaves().append(Record(_POINT, b"".join(body)))
+            self._opened_leaves().append(Record(kind, b"".join(body)))
         except OSError as error:
             self._give_up(error)
 
@@ -351,7 +467,7 @@ class RunJournal:
         records += [Record(_PART, _json(asdict(part))) for part in self.parts.values()]
         if self.mark:
             records.append(Record(_MARK, _U64.pack(self.mark)))
-        return records + [_point_record(point) for point in self.points]
+        return records + [point.to_record() for point in self.points]
 
     def _give_up(self, error: OSError) -> None:
         self._broken = True
@@ -395,19 +511,42 @@ class RunJournal:
         inside = (part.start for part in self.parts.values() if part.start < position < part.start + part.length)
         return next(inside, position)
 
-    def compared_until(self, point: Point, size: int) -> int | None:
+    def compared_until(self, point: Point, size: int, checked: int = 0) -> int | None:
         """How far the disk has to be compared, in guest bytes, to start at a point.
 
         A part that the point cuts can't be compared as a whole; so what it holds of the disk behind the point has to
         be. None where that was not noted.
+
+        Args:
+            checked: image bytes below this are in the digests of a check already, and are made again.
         """
         ends = [part.start + part.length for part in self.parts.values() if part.start < point.position]
-        cut = next((end for end in ends if point.position < end), None)
-        if cut is None:
-            return point.guest_offset
-        covering = (one.guest_offset for one in self.usable_points(1 << 62))
-        reaching = {one.guest_offset for one in self.points if one.position >= cut or one.guest_offset == size}
-        return min((offset for offset in covering if offset in reaching), default=None)
+        cut = max([checked, *(end for end in ends if point.position < end)])
+        needed = point.cover
+        if cut > point.position:
+            reaching = (one.cover for one in self.points if one.position >= cut or one.guest_offset == size)
+            needed = min(reaching, default=size + 1)
+        return min((offset for offset, _ in self._observations() if offset >= needed), default=None)
+
+    def checked_from(self, position: int) -> int | None:
+        """How far the first note of a check reaches that covers an image offset; None where there is none."""
+        if position <= self._head_length:
+            return position
+        return next((behind for behind, _ in self._checked() if behind >= position), None)
+
+    def recall_checks(self, checks: Sequence[RememberingCheck], position: int) -> None:
+        """Add what a check of an earlier process did, up to the first note that covers an image offset."""
+        for check in checks:
+            for behind, delta in self._checked():
+                if position <= self._head_length:
+                    break
+                check.recall(delta)
+                if behind >= position:
+                    break
+
+    def _checked(self) -> list[tuple[int, bytes]]:
+        records = [one for one in self._opened_leaves().found[1:] if one.kind == _CHECKED]
+        return [(_guest_end(one), one.payload[_U64.size + _U32.size :]) for one in records]
 
     def recall(self, guest_offset: int, remembering: Sequence[Remembering]) -> None:
         """Observe again what earlier processes did below a point's guest offset."""
@@ -425,17 +564,24 @@ class RunJournal:
         self.header = {**self.header, "attempts": self.attempts}
         try:
             leaves = self._opened_leaves()
-            kept = [record for record in leaves.found[1:] if _guest_end(record) <= self.start.guest_offset]
+            checked = self.checked_from(self.start.position) or 0
+            reached = {_POINT: self.start.guest_offset, _CHECKED: checked if point else 0}
+            kept = [record for record in leaves.found[1:] if _guest_end(record) <= reached.get(record.kind, 0)]
+            self._noted_to = self.start.guest_offset
             leaves.rewrite([Record(_HEADER, self.id.encode()), *kept])
-            leaves.found = []
+            leaves.found, self._observed = [], []
             self._log.rewrite(self._live())
         except OSError as error:
             self._give_up(error)
 
     def _observations(self) -> list[tuple[int, list[bytes]]]:
         """(guest offset behind, deltas) in order; ends at the first that is not as it should be."""
+        if self._observed is not None:
+            return self._observed
         found: list[tuple[int, list[bytes]]] = []
         for record in self._opened_leaves().found[1:]:
+            if record.kind != _POINT:
+                continue
             offset = _guest_end(record)
             if found and offset <= found[-1][0]:
                 break
@@ -447,6 +593,7 @@ class RunJournal:
                 deltas.append(record.payload[position : position + length])
                 position += length
             found.append((offset, deltas))
+        self._observed = found
         return found
 
     # -- the end ---------------------------------------------------------------------------------------------------
@@ -478,7 +625,7 @@ class RunJournal:
         if self._leaves is None:
             self._leaves = RecordLog.open(self.leaves_path)
         self._leaves.remove()
-        self._leaves = None
+        self._leaves = self._observed = None
 
     def close(self) -> None:
         """Let the files go; an empty journal goes too. Idempotent."""
@@ -495,10 +642,6 @@ class RunJournal:
 
 def _json(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":"), sort_keys=True).encode()
-
-
-def _point_record(point: Point) -> Record:
-    return Record(_POINT, _POINT_HEAD.pack(point.position, point.guest_offset, point.guest_bytes) + point.state)
 
 
 def _guest_end(record: Record) -> int:
@@ -540,6 +683,8 @@ async def restart(
     source: Source,
     make_functions: Callable[[], list[FunctionStage[Any]]],
     make_encoder: Callable[[], Encoder[Any]],
+    compressor: Compressor[Any] | None,
+    checks: Sequence[object],
     window: int,
     workers: int,
     threads: anyio.CapacityLimiter,
@@ -549,6 +694,7 @@ async def restart(
 
     Args:
         below: image bytes below this are stored.
+        compressor, checks: fresh; are given the state of the point.
     Raises:
         PlanError: the disk changed, and what was sent of it can't be sent again.
         SourceError: the disk can't be read.
@@ -561,12 +707,20 @@ async def restart(
     if points and not can_compare and full:
         # Without digests the image itself is the proof: all of it is made again, and compared part by part.
         points = []
+    checking = remembering_checks(checks)
+    if checking:
+        points = [one for one in points if journal.checked_from(one.position) is not None]
+
+    def until(point: Point) -> int | None:
+        return journal.compared_until(point, info.size, (journal.checked_from(point.position) or 0) if checking else 0)
+
     if can_compare:
-        points = [one for one in points if journal.compared_until(one, info.size) is not None]
+        while points and until(points[0]) is None:
+            del points[0]
     if points:
         point = points[0]
         if can_compare:
-            end = journal.compared_until(point, info.size) or point.guest_offset
+            end = until(point) or point.guest_offset
             journal.recall(end, remembering(functions, recorder))
             check = _Check(source, functions, window, workers, threads)
             changed = None
@@ -582,6 +736,8 @@ async def restart(
                 emit(FallbackTaken(stage="engine", what="what changed is sent again", reason=str(changed)))
                 limit = journal.part_start(_offset_of(changed) + 1)  # the same in disk and image
                 points = [one for one in points if one.position <= min(limit, _offset_of(changed))]
+                while points and until(points[0]) is None:
+                    del points[0]
         else:
             emit(
                 FallbackTaken(
@@ -596,6 +752,9 @@ async def restart(
     if chosen is not None:
         journal.recall(chosen.guest_offset, remembering(functions, recorder))
         encoder.restore(chosen.state)
+        journal.recall_checks(checking, chosen.position)
+        if compressor is not None:
+            compressor.restore(chosen.outer)
     journal.header = {**journal.header, "source": dict(info.identity)}
     journal.go_on_from(chosen)
     for one in remembering(functions, recorder):
@@ -614,6 +773,11 @@ async def restart(
 def remembering(functions: Sequence[FunctionStage[Any]], recorder: MapRecorder) -> list[Remembering]:
     """Whose observations a journal notes, in the order in which it does."""
     return [recorder, *(one for one in functions if isinstance(one, Remembering))]
+
+
+def remembering_checks(checks: Sequence[object]) -> list[RememberingCheck]:
+    """Those checks of the image whose digests a journal notes."""
+    return [one for one in checks if isinstance(one, RememberingCheck)]
 
 
 class _Check:

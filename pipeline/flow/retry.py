@@ -90,7 +90,7 @@ class Retry:
             asked = _failure(state).retry_after_s
             if asked == 0 and state.attempt_number == 1:
                 return 0.0
-            return max(asked or 0.0, self._chance.uniform(0, bound))
+            return max(asked or 0.0, round(self._chance.uniform(0, bound), 3))  # people read it
 
         def spent(state: RetryCallState) -> bool:
             if _failure(state).throttled:

@@ -13,9 +13,10 @@ The SPEC of a stage is the only place where its name, help and ports are written
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import anyio
@@ -29,6 +30,7 @@ from pipeline.flow.items import Block, ImageWindow, Piece, StoredImage, Verdict
 from pipeline.flow.mapping import DataMap
 from pipeline.flow.meter import StageMeter
 from pipeline.flow.orders import Order, Traits
+from pipeline.units import round_up
 
 In_contra = TypeVar("In_contra", contravariant=True)
 Out_co = TypeVar("Out_co", covariant=True)
@@ -101,18 +103,42 @@ class Replay(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Inner:
+    """Where an encoder begins that has a compressor behind it. Bytes of the image before it is compressed.
+
+    Attributes:
+        position: of the first byte that the encoder makes.
+        guest_bytes: how much of the disk its pieces before that accounted for.
+        window_offset: of the first window that is compressed; what the encoder makes before it is there already.
+    """
+
+    position: int = 0
+    guest_bytes: int = 0
+    window_offset: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
     """Where the bytes of a run begin: at the beginning, or where an earlier process of the same export had come to.
 
     Attributes:
-        position: image offset of the first byte that comes.
+        position: image offset of the first byte that comes to the writer.
         guest_offset: of the first block that is read.
         guest_bytes: how much of the disk the pieces before `position` accounted for.
+        inner: the same for the encoder, where a compressor stands behind it.
     """
 
     position: int = 0
     guest_offset: int = 0
     guest_bytes: int = 0
+    inner: Inner | None = None
+
+    @property
+    def of_encoder(self) -> Start:
+        """As the encoder sees it."""
+        if self.inner is None:
+            return self
+        return Start(position=self.inner.position, guest_offset=self.guest_offset, guest_bytes=self.inner.guest_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,6 +237,7 @@ class Layout:
         grain: zero runs are useful to the encoder from this length and alignment on, in guest bytes.
         positional: image bytes depend on the guest bytes at their own offset only; where the disk changed between two
             processes of one export, what changed can be sent again.
+        skips_grow: a long skip may make the image longer by as much; False where it costs tables only.
         notes: sentences that a person should read before the start: a size that was rounded up and why, a limit that
             the image may meet.
         map: what the map pass found, for an encoder that asked for one (`StageSpec.map_unit`).
@@ -224,6 +251,7 @@ class Layout:
     made_max: int = 0
     grain: int = 65536
     positional: bool = False
+    skips_grow: bool = True
     notes: tuple[str, ...] = ()
     map: DataMap | None = field(default=None, repr=False, compare=False)
 
@@ -282,6 +310,23 @@ class SinkRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rounding:
+    """What a target wants of the size of a virtual disk. Bytes.
+
+    Attributes:
+        alignment: a multiple of this.
+        minimum: at least this.
+    """
+
+    alignment: int
+    minimum: int = 0
+
+    def round(self, size: int) -> int:
+        """The smallest size that the target takes a disk of `size` bytes with."""
+        return round_up(max(size, self.minimum), self.alignment)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageContext:
     """What a stage gets from the engine. Owned by the engine; valid for the run.
 
@@ -292,6 +337,9 @@ class StageContext:
         order: how pieces travel in this chain.
         reload: guest bytes [offset, offset + length) from the source once more; for verification.
         journal: for writers whose SPEC says `resumable`: where to note the upload; None where the run keeps no journal.
+        rounding: for sources: what the target wants of the disk's size; None: nothing is known of it.
+        is_rehearsal: the plan is only looked at: nothing is stopped, frozen or made.
+        own_files: local paths that the run writes to while it reads.
     """
 
     name: str
@@ -312,6 +360,9 @@ class StageContext:
     replay: Replay | None = None
     reload: Callable[[int, int], AsyncIterator[Block]] | None = None
     journal: UploadJournal | None = None
+    rounding: Rounding | None = None
+    is_rehearsal: bool = False
+    own_files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,6 +377,8 @@ class SourceInfo:
         own_bytes: what the source holds at most beside the run's buffers (tables, fetched bytes); comes out of the
             run's memory.
         identity: what tells this disk from another (serial, inode, mtime ...), for manifest and resume.
+        summary: what `pipeline plan` prints of it, (what, how much).
+        notes: sentences that a person should read before the start.
     """
 
     size: int
@@ -335,6 +388,8 @@ class SourceInfo:
     block_size: int | None = None
     own_bytes: int = 0
     identity: dict[str, str] = field(default_factory=dict)
+    summary: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Source(Protocol):
@@ -381,6 +436,19 @@ class FetchingSource(Source, Protocol):
         ...
 
 
+@runtime_checkable
+class ConcludingSource(Source, Protocol):
+    """A source that looks back when every byte was read, before the image is verified."""
+
+    async def conclude(self) -> None:
+        """Leave facts, let go of what held the disk still.
+
+        Raises:
+            SourceError: the disk did not hold still, so that the image is of no use.
+        """
+        ...
+
+
 async def make_load(source: Source, block: Block) -> Callable[[memoryview], None]:
     """The threaded call that fills a buffer with the block; what has to be awaited for it was awaited here."""
     if isinstance(source, FetchingSource):
@@ -419,6 +487,24 @@ class Remembering(Protocol):
 
     def recall(self, delta: bytes) -> None:
         """Observe again what an earlier process did, delta by delta, before the first block."""
+        ...
+
+
+@runtime_checkable
+class RememberingCheck(Protocol):
+    """A check of the image whose digests outlive the process. It lags behind the encoder, so it says how far it is."""
+
+    @property
+    def covered(self) -> int:
+        """Image bytes below this (behind a head that comes last) are in what `delta` gave, or `recall` took."""
+        ...
+
+    def delta(self) -> bytes:
+        """What was added since the last call, for `recall`; empty where there is nothing new."""
+        ...
+
+    def recall(self, delta: bytes) -> None:
+        """Add what an earlier process did, delta by delta, before the first piece; pieces below are then ignored."""
         ...
 
 
@@ -588,6 +674,9 @@ class StageSpec:
         checkpointed: for encoders and compressors: False where the state can't be saved (OVA), with the reason in
             `summary`.
         resumable: for writers: a later process can go on with an upload (`StageContext.journal`).
+        not_resumable: why a stage with these options can't be gone on with; empty where it can.
+        head_minimum: for writers in numbered parts: how long a head that comes last has to be to be a part of its own,
+            by the length of the longest image; else the store's smallest part.
         image: whether the option values shape the image's bytes (then they go into the manifest as such).
         open_reader: opens a stored object by URL for reading, where `schemes` names the URL schemes. Of writers, and of
             the source that reads what no writer stores.
@@ -610,6 +699,8 @@ class StageSpec:
     sink: Traits | None = None
     checkpointed: bool = True
     resumable: bool = False
+    head_minimum: Callable[[Any], Awaitable[Callable[[int], int]]] | None = None
+    not_resumable: Callable[[Any], str] | None = None
     schemes: tuple[str, ...] = ()
     open_reader: Callable[..., Any] | None = None
 

@@ -65,6 +65,7 @@ def page(record: Record, *, origin: str = "") -> str:
         _over_time(record, rows),
         _stages(record, rows),
         _proof(record),
+        _rules(record),
         _marks(record),
         _options(record),
         _versions(record, origin),
@@ -338,6 +339,25 @@ def _proof(record: Record) -> str:
     for what, ours, theirs in record.receipt:
         pairs[f"{what}, of the store"] = theirs + ("" if ours == theirs else f" (ours: {ours})")
     return f'<section>\n<h2>Proof</h2>\n<div class="verdicts">{verdicts}</div>{_pairs(pairs)}\n</section>'
+
+
+def _rules(record: Record) -> str:
+    """What the rules of the target said before the start."""
+    if not record.target_rules:
+        return ""
+    cards = "".join(
+        f'<div class="{_WEIGHTS.get(one.weight, "unproven")}"><h3>{escape(one.id)}: {escape(one.weight)}</h3>'
+        f"<p>{escape(one.message)}</p>"
+        + (f'<p class="soft small"><code>{escape(one.where)}</code></p>' if one.where else "")
+        + (f'<p class="soft small"><code>{escape(one.remedy)}</code></p>' if one.remedy else "")
+        + "</div>"
+        for one in record.findings
+    )
+    head = f'<p class="soft">{escape(record.target_rules)}.</p>'
+    return f'<section>\n<h2>Will it boot there?</h2>\n{head}<div class="verdicts">{cards}</div>\n</section>'
+
+
+_WEIGHTS = {"block": "differs", "info": "identical"}
 
 
 def _one_verdict(one: VerdictRecord) -> str:

@@ -18,6 +18,7 @@ from pipeline.events import (
     FallbackTaken,
     ImageSealed,
     ImageVerified,
+    MapProgressed,
     PartReplayed,
     ProgressSampled,
     RetryScheduled,
@@ -118,6 +119,13 @@ class Track:
         return f"{format_duration((self.sample.disk_bytes - self.sample.acked_bytes) / self.rate)} left"
 
     @property
+    def pace(self) -> list[str]:
+        """Rate and what is left at it; nothing once every byte is stored, when the rate of late says nothing."""
+        if self.sample is None or self.sample.acked_bytes >= self.sample.disk_bytes:
+            return []
+        return [f"{format_size(self.rate)}/s", *([self.left] if self.left else [])]
+
+    @property
     def details(self) -> str:
         """The second line: what happened to the bytes, and how often the network had to be asked again."""
         if self.sample is None:
@@ -140,28 +148,29 @@ class LineDisplay:
         self._write = write or _to_stderr
         self._track = Track()
         self._next_s = LINE_EVERY_S
-        self._verified = -1
+        self._quarter = -1
 
     def __call__(self, event: Event) -> None:
         """Print what an event means, if it means anything."""
         self._track.follow(event)
         if isinstance(event, RunPlanned):
+            self._quarter = -1
             for line in planned_lines(event):
                 self._write(line)
         elif isinstance(event, ProgressSampled):
             if event.elapsed_s >= self._next_s:
                 self._next_s = event.elapsed_s + LINE_EVERY_S
                 self._write(self._progress(event))
-        elif isinstance(event, VerifyProgressed):
-            # No clock here: a line at each quarter is enough for the shorter phase.
+        elif isinstance(event, MapProgressed | VerifyProgressed):
+            # No clock here: a line at each quarter is enough for the shorter passes.
             quarter = event.done_bytes * 4 // max(1, event.total_bytes)
-            if quarter > self._verified:
-                self._verified = quarter
-                self._write(f"{event.stage}: {_percent(event.done_bytes, event.total_bytes)}")
+            if quarter > self._quarter:
+                self._quarter = quarter
+                self._write(f"{pass_name(event)}: {_percent(event.done_bytes, event.total_bytes)}")
         else:
             line = phase_line(event)
             if line:
-                self._verified = -1
+                self._quarter = -1
                 self._write(line)
 
     def close(self) -> None:
@@ -169,9 +178,8 @@ class LineDisplay:
 
     def _progress(self, sample: ProgressSampled) -> str:
         done = f"{format_size(sample.acked_bytes)} of {format_size(sample.disk_bytes)}"
-        pace = [f"{format_size(self._track.rate)}/s", *([self._track.left] if self._track.left else [])]
         share = _percent(sample.acked_bytes, sample.disk_bytes)
-        return f"{share}  {done}, {', '.join(pace)}; {self._track.details}"
+        return f"{share}  {', '.join([done, *self._track.pace])}; {self._track.details}"
 
 
 class LiveDisplay:
@@ -182,8 +190,7 @@ class LiveDisplay:
         self._track = Track()
         self._bars: Progress | None = None
         self._export: TaskID | None = None
-        self._verify: TaskID | None = None
-        self._verify_stage = ""
+        self._passes: dict[str, TaskID] = {}
 
     def __call__(self, event: Event) -> None:
         """Move the bar, or print what an event means above it."""
@@ -195,14 +202,13 @@ class LiveDisplay:
             self._export = bars.add_task("export", total=event.disk_bytes, amount="", pace="")
         elif isinstance(event, ProgressSampled) and self._export is not None:
             amount = f"{format_size(event.acked_bytes)} of {format_size(event.disk_bytes)}"
-            pace = f"{format_size(self._track.rate)}/s {self._track.left}".rstrip()
-            bars.update(self._export, completed=event.acked_bytes, amount=amount, pace=pace)
-        elif isinstance(event, VerifyProgressed):
-            if self._verify is None or self._verify_stage != event.stage:
-                self._verify_stage = event.stage
-                self._verify = bars.add_task(event.stage, total=event.total_bytes, amount="", pace="")
+            bars.update(self._export, completed=event.acked_bytes, amount=amount, pace=" ".join(self._track.pace))
+        elif isinstance(event, MapProgressed | VerifyProgressed):
+            name = pass_name(event)
+            if name not in self._passes:
+                self._passes[name] = bars.add_task(name, total=event.total_bytes, amount="", pace="")
             amount = f"{format_size(event.done_bytes)} of {format_size(event.total_bytes)}"
-            bars.update(self._verify, completed=event.done_bytes, total=event.total_bytes, amount=amount)
+            bars.update(self._passes[name], completed=event.done_bytes, total=event.total_bytes, amount=amount)
         else:
             line = phase_line(event)
             if line:
@@ -240,6 +246,11 @@ class LiveDisplay:
         )
         self._bars.start()
         return self._bars
+
+
+def pass_name(event: MapProgressed | VerifyProgressed) -> str:
+    """What a pass beside the transfer is called: the look at the whole disk before it, or the stage that verifies."""
+    return "map of the disk" if isinstance(event, MapProgressed) else event.stage
 
 
 def planned_lines(event: RunPlanned) -> list[str]:

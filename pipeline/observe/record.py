@@ -38,12 +38,24 @@ class VerdictRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FindingRecord:
+    """What a rule of the target said. `weight` is block, warn, info, unknown or ignored."""
+
+    id: str
+    weight: str
+    message: str
+    where: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """Everything that the page shows. Bytes and seconds.
 
     Attributes:
         runs: the map, in guest order; empty where the run failed before it was whole.
         image_size: 0 where no image was finished.
+        target_rules: the profile that was asked, and what came of it; empty where none was.
         error, hint: why it failed, and what to do.
         timings: per stage (working, waiting for input, for output, for a buffer).
     """
@@ -69,6 +81,8 @@ class Record:
     timings: Mapping[str, tuple[float, float, float, float]] = field(default_factory=dict)
     bottleneck: str = ""
     verdicts: Sequence[VerdictRecord] = ()
+    target_rules: str = ""
+    findings: Sequence[FindingRecord] = ()
     digest: str = ""
     receipt: Sequence[tuple[str, str, str]] = ()
     options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -146,10 +160,33 @@ def _record_of(manifest: Manifest) -> Record:
             )
             for one in manifest.verdicts
         ],
+        target_rules=_rules(manifest.preflight),
+        findings=[_finding(one) for one in manifest.preflight.get("findings", ())],
         digest=f"{digest['algorithm']} {digest['root']}" if digest else "",
         receipt=[(str(what), str(ours), str(theirs)) for what, ours, theirs in manifest.receipt],
         options={str(name): _texts(values) for name, values in manifest.options.items()},
         versions=_texts(manifest.versions),
+    )
+
+
+def _rules(preflight: Mapping[str, Any]) -> str:
+    if not preflight:
+        return ""
+    return (
+        f"{text_of(preflight['profile'])}, started by {text_of(preflight['boot_mode']).upper()}: "
+        f"{text_of(preflight['verdict'])}, {_count(preflight['passed'])} checks passed"
+    )
+
+
+def _finding(told: Mapping[str, Any]) -> FindingRecord:
+    weight = "ignored" if told.get("ignored") else told["severity"] if told["status"] == "fail" else told["status"]
+    places = [f"{one['file']}:{one['line']}" if one.get("line") else str(one["file"]) for one in told["evidence"]]
+    return FindingRecord(
+        id=str(told["id"]),
+        weight=str(weight),
+        message=str(told["message"]),
+        where=", ".join(places),
+        remedy=str(told["remedy"]),
     )
 
 

@@ -6,6 +6,7 @@ sha256 of the file has to see its first byte first, so it is offered only where 
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
     from stages.checksum.image_digest import ImageDigest
 
+# What is noted of an image ends with whole chunks (stages/checksum/image_digest.py, which needs a library).
+CHUNK = MiB
 # Shorter pieces are hashed on the spot: up to here that takes less than the trip to a thread and back.
 _THREAD_FROM = MiB
 _ZEROS = bytes(MiB)
@@ -63,6 +66,12 @@ class ImageChecksum:
         from stages.checksum.image_digest import ImageDigest
 
         self._context = context
+        self._notes = context.journal is not None
+        last = context.order is Order.HEAD_LAST and context.layout is not None
+        self._head = context.layout.head_length if last and context.layout is not None else 0
+        self._covered = self._recalled = self._noted = self._head
+        self._crc = 0  # of [head, covered)
+        self._taking = threading.Lock()  # `delta` is called while a thread takes a piece in
         self._digest: ImageDigest = ImageDigest(options.crc)
         self._sha256: hashlib._Hash | None = hashlib.sha256(usedforsecurity=False) if options.sha256 else None
 
@@ -87,10 +96,8 @@ class ImageChecksum:
     def _take(self, piece: Piece) -> None:
         """Threads: any, one piece at a time."""
         view = piece.view
-        if view is None:
-            self._digest.add_zeros(piece.offset, piece.length)
-        else:
-            self._digest.add(piece.offset, view)
+        with self._taking:
+            self._take_in(piece.offset, piece.end, view)
         if self._sha256 is not None:
             if view is not None:
                 self._sha256.update(view)
@@ -98,10 +105,58 @@ class ImageChecksum:
             for start in range(0, piece.length, len(_ZEROS)):
                 self._sha256.update(memoryview(_ZEROS)[: piece.length - start])
 
+    def _take_in(self, offset: int, end: int, view: memoryview | None) -> None:
+        if not self._notes or offset < self._head:
+            self._add(offset, offset, end, view)
+            return
+        first = max(offset, self._recalled)  # what is before was taken in by an earlier process
+        whole = end // CHUNK * CHUNK
+        if whole > max(first, self._covered):
+            self._add(offset, first, whole, view)
+            reached, crc = self._digest.stretch(self._head)
+            if reached == whole:
+                self._covered, self._crc = whole, crc
+            first = whole
+        if first < end:
+            self._add(offset, first, end, view)
+
+    def _add(self, offset: int, start: int, end: int, view: memoryview | None) -> None:
+        """Take in [start, end) of the piece at `offset`."""
+        if view is None:
+            self._digest.add_zeros(start, end - start)
+        else:
+            self._digest.add(start, view[start - offset : end - offset])
+
+    # -- across processes ------------------------------------------------------------------------------------------
+
+    @property
+    def covered(self) -> int:
+        """Image bytes below this, behind a head that comes last, are in what `delta` gave last, or `recall` took."""
+        return self._noted
+
+    def delta(self) -> bytes:
+        """What was taken in since the last call, in whole chunks."""
+        with self._taking:
+            if self._covered <= self._noted:
+                return b""
+            dumped = self._digest.dump(self._noted, self._head, self._covered, self._crc)
+            self._noted = self._covered
+            return dumped
+
+    def recall(self, delta: bytes) -> None:
+        """Take in what an earlier process did; pieces below `covered` are ignored then."""
+        self._covered = self._recalled = self._noted = self._digest.load(delta, self._head)
+        self._crc = self._digest.stretch(self._head)[1]
+
 
 def orders(options: Options) -> tuple[Order, ...]:
     """A sha256 can't be put together from parts."""
     return (Order.SEQUENTIAL,) if options.sha256 else _ORDERS
+
+
+def not_resumable(options: Options) -> str:
+    """Why its state can't be saved."""
+    return "the state of a sha256 can't be saved (checksum.image: leave sha256 out)" if options.sha256 else ""
 
 
 def orders_hint(options: Options) -> str:
@@ -120,5 +175,6 @@ SPEC = StageSpec(
     build=ImageChecksum,
     orders=orders,
     orders_hint=orders_hint,
+    not_resumable=not_resumable,
     provides=(IMAGE_DIGEST,),
 )

@@ -8,6 +8,7 @@ comes last: what waits for it are the bytes of the one chunk that the head ends 
 from __future__ import annotations
 
 import base64
+import json
 import zlib
 from bisect import bisect_left
 from functools import cache
@@ -22,7 +23,7 @@ from pipeline.units import MiB
 Crc = Literal["crc64nvme", "crc32c"]
 
 WINDOW = 8 * MiB
-CHUNK = MiB
+CHUNK = MiB  # also in stages/checksum/image.py
 _CHUNKS = WINDOW // CHUNK
 _WIDTH = 16
 _ROOT_TAG = b"image digest, version 1\0"
@@ -111,6 +112,54 @@ class ImageDigest:
             else:
                 self._add_part(number, start, memoryview(_ZEROS)[:count])
             offset += count
+
+    def stretch(self, start: int) -> tuple[int, int]:
+        """(end, CRC) of what was taken in from image offset `start` on, without a gap; (start, 0) for nothing."""
+        index = bisect_left(self._spans, _Span(start, start, 0))
+        found = self._spans[index] if index < len(self._spans) else None
+        return (found.stop, found.crc) if found is not None and found.start == start else (start, 0)
+
+    def dump(self, after: int, head: int, end: int, crc: int) -> bytes:
+        """What was taken in since image offset `after`, for `load`. Small, but for a head that is waited for.
+
+        Args:
+            after, end: chunk boundaries; everything in [head, end) was taken in, and only a part of a chunk more.
+            head: image bytes that come last.
+            crc: of [head, end).
+        """
+        first, stop = after // WINDOW, end // WINDOW
+        waits = self._open.get(head // CHUNK) if after <= head else None
+        note = {
+            "end": end,
+            "crc": crc,
+            "first": first,
+            "partial": {
+                window: {place: digest.hex() for place, digest in chunks.items()}
+                for window, chunks in self._partial.items()
+            },
+            "early": {
+                start: base64.b64encode(data).decode("ascii") for start, data in (waits.early if waits else {}).items()
+            },
+        }
+        windows = bytes(self._windows[first * _WIDTH : stop * _WIDTH])
+        return zlib.compress(json.dumps(note).encode() + b"\n" + windows, 1)
+
+    def load(self, dumped: bytes, head: int) -> int:
+        """Take in what `dump` gave, of the same image and in the same order; returns its end."""
+        told, _, windows = zlib.decompress(dumped).partition(b"\n")
+        note = json.loads(told)
+        end = int(note["end"])
+        self._set_windows(note["first"], windows)
+        self._partial = {
+            int(window): {int(place): bytes.fromhex(digest) for place, digest in chunks.items()}
+            for window, chunks in note["partial"].items()
+        }
+        if note["early"]:
+            chunk = self._open.setdefault(head // CHUNK, _Chunk())
+            chunk.early = {int(start): base64.b64decode(data) for start, data in note["early"].items()}
+            self._waiting = sum(map(len, chunk.early.values()))
+        self._spans = [_Span(head, end, note["crc"])]
+        return end
 
     def finish(self) -> dict[str, object]:
         """For a manifest. What is missing is an error: every byte of an image has to pass.

@@ -16,12 +16,12 @@ from itertools import pairwise
 
 import numpy as np
 import xxhash
-from awscrt.checksums import crc32c
 from numpy.typing import NDArray
 
 from pipeline.errors import FormatError
 from pipeline.flow.items import RangeReader
 from pipeline.units import GiB, KiB, MiB
+from stages.disk.checksums import crc32c
 from stages.disk.reading import read_each
 from stages.disk.usage import Numbers, RangeSet, Refusal, UsedMap, take_witness
 
@@ -31,18 +31,18 @@ _MIRRORS = (64 * KiB, 64 * MiB, 256 * GiB)
 # The first MiB belongs to no chunk; boot loaders use it.
 _RESERVED = MiB
 
-_HEADER = 101
+HEADER = 101
 _ITEMS = np.dtype(
     [("objectid", "<u8"), ("type", "u1"), ("offset", "<u8"), ("at", "<u4"), ("size", "<u4")]
 )  # packed: 25 bytes
 _POINTERS = np.dtype([("objectid", "<u8"), ("type", "u1"), ("offset", "<u8"), ("block", "<u8"), ("generation", "<u8")])
-_LEVELS_MAX = 8
+LEVELS_MAX = 8
 
-_ROOT_ITEM, _EXTENT_ITEM, _METADATA_ITEM, _CHUNK_ITEM = 132, 168, 169, 228
+ROOT_ITEM, _EXTENT_ITEM, _METADATA_ITEM, CHUNK_ITEM = 132, 168, 169, 228
 _EXTENT_TREE = 2
 
-_ZONED, _EXTENT_TREE_V2, _RAID_STRIPE_TREE = 1 << 12, 1 << 13, 1 << 14
-_INCOMPAT_KNOWN = (1 << 12) - 1 | 1 << 16  # up to raid1c34, and simple quotas
+ZONED, EXTENT_TREE_V2, RAID_STRIPE_TREE = 1 << 12, 1 << 13, 1 << 14
+INCOMPAT_KNOWN = (1 << 12) - 1 | 1 << 16  # up to raid1c34, and simple quotas
 _STRIPED = 1 << 3 | 1 << 6 | 1 << 7 | 1 << 8  # RAID0, 10, 5, 6
 
 # Tree blocks of a level at most: 4 million of 16 KiB are 64 GiB of metadata. It bounds what a hostile tree costs.
@@ -224,10 +224,10 @@ async def map_btrfs(reader: RangeReader, kind: str, *, frozen: bool = False) -> 
     if reason := _why_not(found):
         return Refusal(kind, reason)
     chunks = Chunks(found)
-    _add_system_chunks(found, chunks)
-    async for body, items in _leaves(reader, found, chunks, found.chunk_root, found.chunk_root_level):
-        for item in items[items["type"] == _CHUNK_ITEM]:
-            chunks.add(int(item["offset"]), _payload(body, item))
+    add_system_chunks(found, chunks)
+    async for body, items in leaves(reader, found, chunks, found.chunk_root, found.chunk_root_level):
+        for item in items[items["type"] == CHUNK_ITEM]:
+            chunks.add(int(item["offset"]), payload_of(body, item))
     chunks.check()
     if chunks.is_striped:
         return Refusal(kind, "it is striped over several devices (RAID0, 10, 5 or 6)")
@@ -239,7 +239,7 @@ async def map_btrfs(reader: RangeReader, kind: str, *, frozen: bool = False) -> 
             ranges.add(mirror, SUPERBLOCK_SIZE)
     used = 0
     position = 0
-    async for _, items in _leaves(reader, found, chunks, root, level):
+    async for _, items in leaves(reader, found, chunks, root, level):
         wanted = items[(items["type"] == _EXTENT_ITEM) | (items["type"] == _METADATA_ITEM)]
         if not len(wanted):
             continue
@@ -272,59 +272,59 @@ def _why_not(found: Superblock) -> str:
     """Why the extent tree can't be trusted; empty where it can."""
     if found.log_root:
         return "it is not clean: its log has to be replayed"
-    if found.incompat & _ZONED:
+    if found.incompat & ZONED:
         return "it is zoned"
-    if found.incompat & _EXTENT_TREE_V2:
+    if found.incompat & EXTENT_TREE_V2:
         return "it has an extent tree of version 2"
-    if found.incompat & _RAID_STRIPE_TREE:
+    if found.incompat & RAID_STRIPE_TREE:
         return "it has a stripe tree"
-    if unknown := found.incompat & ~_INCOMPAT_KNOWN:
+    if unknown := found.incompat & ~INCOMPAT_KNOWN:
         return f"it uses features that are not known here (incompat {unknown:#x})"
     return ""
 
 
-def _add_system_chunks(found: Superblock, chunks: Chunks) -> None:
+def add_system_chunks(found: Superblock, chunks: Chunks) -> None:
     array = found.system_chunks
     at = 0
     while at + 17 <= len(array):
         objectid, kind, logical = struct.unpack_from("<QBQ", array, at)
-        if kind != _CHUNK_ITEM or objectid != 256:
+        if kind != CHUNK_ITEM or objectid != 256:
             raise FormatError("the superblock's list of chunks makes no sense")
         at += 17 + chunks.add(logical, array[at + 17 :])
 
 
 async def _find_extent_root(reader: RangeReader, found: Superblock, chunks: Chunks) -> tuple[int, int]:
     """(logical address, level) of the extent tree's root. Raises FormatError."""
-    async for body, items in _leaves(reader, found, chunks, found.root, found.root_level):
-        for item in items[(items["type"] == _ROOT_ITEM) & (items["objectid"] == _EXTENT_TREE)]:
-            payload = _payload(body, item)
+    async for body, items in leaves(reader, found, chunks, found.root, found.root_level):
+        for item in items[(items["type"] == ROOT_ITEM) & (items["objectid"] == _EXTENT_TREE)]:
+            payload = payload_of(body, item)
             if len(payload) < 239:
                 raise FormatError("a root item is cut off")
             return int(struct.unpack_from("<Q", payload, 176)[0]), payload[238]
     raise FormatError("it has no extent tree")
 
 
-def _payload(body: memoryview, item: np.void) -> memoryview:
-    start = _HEADER + int(item["at"])
+def payload_of(body: memoryview, item: np.void) -> memoryview:
+    start = HEADER + int(item["at"])
     if start + int(item["size"]) > len(body):
         raise FormatError("an item lies outside of its leaf")
     return body[start : start + int(item["size"])]
 
 
-async def _leaves(
+async def leaves(
     reader: RangeReader, found: Superblock, chunks: Chunks, root: int, level: int
 ) -> AsyncIterator[tuple[memoryview, NDArray[np.void]]]:
     """(block, its items) of every leaf of a tree, ascending. Raises FormatError."""
-    if level >= _LEVELS_MAX:
+    if level >= LEVELS_MAX:
         raise FormatError("a tree is absurdly high", level=level)
     nodes = np.array([root], np.uint64)
     for height in range(level, 0, -1):
         below = []
         total = 0
         async for body, count in _blocks(reader, found, chunks, nodes, height):
-            if _HEADER + count * _POINTERS.itemsize > found.node or not count:
+            if HEADER + count * _POINTERS.itemsize > found.node or not count:
                 raise FormatError("a tree block is overfull or empty")
-            below.append(np.frombuffer(body, _POINTERS, count, _HEADER)["block"].copy())
+            below.append(np.frombuffer(body, _POINTERS, count, HEADER)["block"].copy())
             total += count
             if total > _BLOCKS_MAX:
                 raise FormatError("there are absurdly many tree blocks")
@@ -332,9 +332,9 @@ async def _leaves(
         if len(np.unique(nodes)) != len(nodes):
             raise FormatError("a tree has a loop")
     async for body, count in _blocks(reader, found, chunks, nodes, 0):
-        if _HEADER + count * _ITEMS.itemsize > found.node:
+        if HEADER + count * _ITEMS.itemsize > found.node:
             raise FormatError("a leaf is overfull")
-        yield body, np.frombuffer(body, _ITEMS, count, _HEADER)
+        yield body, np.frombuffer(body, _ITEMS, count, HEADER)
 
 
 # Tree blocks looked up and held at once, so that neighbours on the device are read together.

@@ -10,12 +10,12 @@ import struct
 from dataclasses import dataclass
 
 import numpy as np
-from awscrt.checksums import crc32c
 from numpy.typing import NDArray
 
 from pipeline.errors import FormatError
 from pipeline.flow.items import RangeReader
 from pipeline.units import KiB, MiB
+from stages.disk.checksums import crc32c
 from stages.disk.reading import READ_MAX, read_each
 from stages.disk.usage import RangeSet, Refusal, UsedMap, set_runs, take_witness
 
@@ -23,12 +23,12 @@ SUPERBLOCK_AT = 1024
 SUPERBLOCK_SIZE = 1024
 MAGIC = 0xEF53
 
-_VALID, _ERROR = 1, 2  # s_state
+VALID, ERROR = 1, 2  # s_state
 
 COMPAT_HAS_JOURNAL = 0x4
 _COMPAT_SPARSE_SUPER2 = 0x200
 INCOMPAT_RECOVER = 0x4
-_INCOMPAT_JOURNAL_DEV = 0x8
+INCOMPAT_JOURNAL_DEV = 0x8
 _INCOMPAT_META_BG = 0x10
 INCOMPAT_EXTENTS = 0x40
 _INCOMPAT_64BIT = 0x80
@@ -230,8 +230,8 @@ async def map_ext(reader: RangeReader, kind: str, *, frozen: bool = False) -> Us
     batch = -(-batch // found.descs_per_block) * found.descs_per_block
     bits_at_once = max(1, _BITS_AT_ONCE // found.clusters_per_group)
     for first in range(0, groups, batch):
-        descs = await _read_descs(reader, found, first, min(batch, groups - first))
-        _check_descs(found, descs, first)
+        descs = await read_descs(reader, found, first, min(batch, groups - first))
+        check_descs(found, descs, first)
         _add_metadata(found, descs, ranges)
         for at in range(0, len(descs), bits_at_once):
             used, free = await _add_bitmaps(reader, found, descs[at : at + bits_at_once], first + at, ranges)
@@ -256,13 +256,13 @@ async def map_ext(reader: RangeReader, kind: str, *, frozen: bool = False) -> Us
 
 async def _why_not(reader: RangeReader, found: Superblock) -> str:
     """Why the bitmaps can't be trusted; empty where they can."""
-    if found.incompat & _INCOMPAT_JOURNAL_DEV:
+    if found.incompat & INCOMPAT_JOURNAL_DEV:
         return "it is the journal of another filesystem"
     if found.incompat & INCOMPAT_RECOVER:
         return "it is not clean: its journal has to be replayed"
-    if not found.state & _VALID:
+    if not found.state & VALID:
         return "it is not clean: it is mounted or was not unmounted"
-    if found.state & _ERROR:
+    if found.state & ERROR:
         return "it is marked as damaged"
     if unknown := found.incompat & ~_INCOMPAT_KNOWN:
         return f"it uses features that are not known here (incompat {unknown:#x})"
@@ -275,7 +275,7 @@ async def _why_not(reader: RangeReader, found: Superblock) -> str:
     return ""
 
 
-async def _read_descs(reader: RangeReader, found: Superblock, first: int, count: int) -> NDArray[np.uint8]:
+async def read_descs(reader: RangeReader, found: Superblock, first: int, count: int) -> NDArray[np.uint8]:
     """`count` group descriptors from group `first`, a multiple of what a block holds; one row each."""
     blocks = -(-count // found.descs_per_block)
     offsets = [found.gdt_block(first // found.descs_per_block + index) * found.block for index in range(blocks)]
@@ -286,7 +286,7 @@ async def _read_descs(reader: RangeReader, found: Superblock, first: int, count:
     return rows[:count]
 
 
-def _column(found: Superblock, descs: NDArray[np.uint8], low: int, high: int, kind: str) -> NDArray[np.int64]:
+def column(found: Superblock, descs: NDArray[np.uint8], low: int, high: int, kind: str) -> NDArray[np.int64]:
     """A field of every descriptor whose upper half is in the second 32 bytes."""
     width = np.dtype(kind).itemsize
     made = np.ascontiguousarray(descs[:, low : low + width]).view(kind)[:, 0].astype(np.int64)
@@ -296,7 +296,7 @@ def _column(found: Superblock, descs: NDArray[np.uint8], low: int, high: int, ki
     return made
 
 
-def _check_descs(found: Superblock, descs: NDArray[np.uint8], first: int) -> None:
+def check_descs(found: Superblock, descs: NDArray[np.uint8], first: int) -> None:
     """The checksums of descriptors, where there are any. Raises FormatError."""
     if found.has_checksums:
         plain = descs.copy()
@@ -339,7 +339,7 @@ def _crc16(rows: NDArray[np.uint8]) -> NDArray[np.uint16]:
 def _add_metadata(found: Superblock, descs: NDArray[np.uint8], ranges: RangeSet) -> None:
     """Bitmaps and inode tables, which a group without a bitmap on disk has too. Raises FormatError."""
     for low, high, blocks in ((0, 32, 1), (4, 36, 1), (8, 40, found.itable_blocks)):
-        places = _column(found, descs, low, high, "<u4")
+        places = column(found, descs, low, high, "<u4")
         if len(places) and (int(places.min()) < found.first_data or int(places.max()) + blocks > found.blocks):
             raise FormatError("a group descriptor points outside of the filesystem")
         ranges.add_many(places * found.block, (places + blocks) * found.block)
@@ -350,13 +350,13 @@ async def _add_bitmaps(
 ) -> tuple[int, int]:
     """Add the used clusters of neighbouring groups; (used, free) clusters. Raises FormatError."""
     per_group, ratio = found.clusters_per_group, found.ratio
-    flags = _column(found, descs, 18, 18, "<u2") & 0xFFFF
+    flags = column(found, descs, 18, 18, "<u2") & 0xFFFF
     uninit = (flags & _BLOCK_UNINIT != 0) if found.has_uninit else np.zeros(len(descs), bool)
-    places = _column(found, descs, 0, 32, "<u4")
+    places = column(found, descs, 0, 32, "<u4")
     rows = np.zeros((len(descs), per_group // 8), np.uint8)
     real = np.flatnonzero(~uninit)
     offsets: list[int] = (places[real] * found.block).tolist()
-    stored = _column(found, descs, 24, 56, "<u2")
+    stored = column(found, descs, 24, 56, "<u2")
     mask = 0xFFFFFFFF if found.desc_size >= 64 else 0xFFFF
     async for index, data in read_each(reader, offsets, found.block):
         group = int(real[index])
@@ -374,7 +374,7 @@ async def _add_bitmaps(
         flat[last:] = 1  # bits behind the end are padding
     used_in_group = bits.sum(axis=1, dtype=np.int64)
     free_in_group = per_group - used_in_group
-    said = _column(found, descs, 12, 44, "<u2")
+    said = column(found, descs, 12, 44, "<u2")
     wrong = np.flatnonzero(free_in_group != said)
     if len(wrong):
         group = int(wrong[0])
@@ -400,7 +400,7 @@ def _synthesise(found: Superblock, desc: NDArray[np.uint8], group: int, bits: ND
     stop = first + found.blocks_per_group
     spans = [(first, found.base_blocks(group))]
     for low, high, blocks in ((0, 32, 1), (4, 36, 1), (8, 40, found.itable_blocks)):
-        spans.append((int(_column(found, desc, low, high, "<u4")[0]), blocks))
+        spans.append((int(column(found, desc, low, high, "<u4")[0]), blocks))
     for place, blocks in spans:
         begin, end = max(place, first), min(place + blocks, stop)
         if begin < end:

@@ -64,7 +64,7 @@ async def map_fat(reader: RangeReader, kind: str, *, frozen: bool = False) -> Us
         if mirrored and await reader.read(places[1 - active] + at, len(part)) != part:
             return Refusal(kind, "its two FATs differ")
         first = at * 8 // bits - 2  # cluster numbers begin at 2
-        flags = _used(part, bits)[: clusters - first]
+        flags = used_entries(part, bits)[: clusters - first]
         if first < 0:
             flags, first = flags[2:], 0
         used += int(flags.sum())
@@ -82,7 +82,7 @@ async def map_fat(reader: RangeReader, kind: str, *, frozen: bool = False) -> Us
     )
 
 
-def _used(part: bytes, bits: int) -> NDArray[np.uint8]:
+def used_entries(part: bytes, bits: int) -> NDArray[np.uint8]:
     """One for every entry that is not zero."""
     entries: NDArray[np.uint32]
     if bits == 16:

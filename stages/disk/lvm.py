@@ -158,6 +158,73 @@ async def map_volumes(members: Sequence[RangeReader], map_inside: MapInside) -> 
     return answers
 
 
+@dataclass(frozen=True, slots=True)
+class FoundVolume:
+    """A logical volume that was found: to be read where `volume` is there, else `reason` says why not."""
+
+    group: str
+    name: str
+    volume: LogicalVolume | None
+    reason: str = ""
+
+
+async def find_volumes(members: Sequence[RangeReader]) -> tuple[list[FoundVolume], list[str]]:
+    """List the visible logical volumes of physical volumes, which may be of several groups.
+
+    Returns:
+        the volumes, and what is wrong with the members, in sentences.
+    Raises:
+        StoreError: a member can't be read.
+    """
+    labels: list[_Label | None] = []
+    problems: list[str] = []
+    newest: dict[str, tuple[int, str, Section]] = {}
+    for member in members:
+        label: _Label | None = None
+        try:
+            label = await _read_label(member)
+            if label.text:
+                group_id, sequence, name, group = _group(label.text)
+                if group_id not in newest or newest[group_id][0] < sequence:
+                    newest[group_id] = (sequence, name, group)
+        except FormatError as error:
+            problems.append(f"a physical volume is damaged: {error.message}")
+            label = None
+        labels.append(label)
+    found: list[FoundVolume] = []
+    for _, name, group in newest.values():
+        try:
+            found += _find_in_group(name, group, members, labels)
+        except FormatError as error:
+            problems.append(f"the volume group {name} is damaged: {error.message}")
+    return found, problems
+
+
+def _find_in_group(
+    group_name: str, group: Section, members: Sequence[RangeReader], labels: Sequence[_Label | None]
+) -> list[FoundVolume]:
+    mine = _mine(group, labels)
+    reason = _why_not(group)
+    extent = _number(group, "extent_size") * _SECTOR
+    if not extent:
+        raise FormatError("its extents have no size")
+    described = _sections(group, "physical_volumes")
+    places: dict[str, tuple[int, int, int]] = {}
+    for index, name in mine.items():
+        start, count = _number(described[name], "pe_start") * _SECTOR, _number(described[name], "pe_count")
+        if start + count * extent > members[index].size:
+            raise FormatError("its extents reach behind the end of the partition")
+        places[name] = (index, start, count)
+    found = []
+    for volume in _volumes(group, set(described), places, extent):
+        if "VISIBLE" not in _words(_sections(group, "logical_volumes")[volume.name], "status"):
+            continue
+        why = reason or volume.reason
+        logical = LogicalVolume(volume.name, volume.size, tuple(volume.segments), tuple(members))
+        found.append(FoundVolume(group_name, volume.name, None if why else logical, why))
+    return found
+
+
 # -- label and text ---------------------------------------------------------------------------------------------------
 
 

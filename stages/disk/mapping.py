@@ -5,7 +5,7 @@ What no filesystem vouches for is copied. The image of a mapped disk equals the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,7 +17,7 @@ from pipeline.units import MiB
 from stages.disk.filesystems import map_filesystem, map_physical_volumes
 from stages.disk.reading import CachedReader, Window
 from stages.disk.signatures import Signature, identify
-from stages.disk.tables import Partition, PartitionTable, read_table
+from stages.disk.tables import Partition, PartitionTable, overlapping, read_table
 from stages.disk.usage import Numbers, RangeSet, Refusal, UsedMap, invert, still_holds
 
 # Boot loaders live in front of the first partition: GRUB in the first MiB, those of ARM boards up to 16 MiB.
@@ -79,6 +79,11 @@ class DiskMap:
         """Bytes that are copied."""
         return int(self.lengths.sum())
 
+    def used_between(self, start: int, stop: int) -> int:
+        """Bytes of [start, stop) that are copied."""
+        ends = np.clip(self.starts + self.lengths, start, stop)
+        return int((ends - np.clip(self.starts, start, stop)).sum())
+
     def runs(self, start: int = 0, stop: int | None = None) -> Iterator[Run]:
         """Tile [start, stop) of the disk: what is copied, and what is free or swap and reads as zero."""
         stop = self.size if stop is None else stop
@@ -128,6 +133,14 @@ class DiskMap:
             made.update(np.ascontiguousarray(array, "<i8").tobytes())
         return f"xxh3-128:{made.hexdigest()}"
 
+    def state(self) -> str:
+        """A hash of every superblock that was believed: another one after the filesystem was written to."""
+        made = xxhash.xxh3_128()
+        for region in self.regions:
+            if isinstance(region.outcome, UsedMap):
+                made.update(region.offset.to_bytes(8, "little") + region.outcome.witness.digest)
+        return f"xxh3-128:{made.hexdigest()}"
+
     async def still_holds(self, reader: RangeReader) -> bool:
         """Whether every superblock that was believed reads as it did. `reader` must not answer from a cache."""
         for region in self.regions:
@@ -144,6 +157,7 @@ async def map_disk(
     *,
     sector_size: int | None = None,
     frozen: Collection[int] = (),
+    unmapped: Mapping[int, str] | None = None,
     table: PartitionTable | None = None,
 ) -> DiskMap:
     """Find out which bytes of a disk have to be copied.
@@ -152,20 +166,22 @@ async def map_disk(
         size: of the disk in bytes.
         sector_size: as `read_table` takes it.
         frozen: numbers of partitions whose filesystem is frozen; 0 for a disk without a table.
+        unmapped: numbers of partitions whose map nobody may trust, and why, half a sentence: all of them is copied.
         table: where it was read already.
     Raises:
         StoreError: the disk can't be read.
     """
     cached = CachedReader(reader)
+    unmapped = unmapped or {}
     if table is None:
         table = await read_table(cached, size, sector_size=sector_size)
     ranges = RangeSet(size)
     for offset, length in table.metadata:
         ranges.add(offset, length)
     if table.kind in ("none", "protective"):
-        regions = [await _map_unpartitioned(cached, size, table, 0 in frozen)]
+        regions = [await _map_unpartitioned(cached, size, table, 0 in frozen, unmapped)]
     else:
-        regions = await _map_partitions(cached, size, table, frozen)
+        regions = await _map_partitions(cached, size, table, frozen, unmapped)
         regions += await _map_gaps(cached, size, table, regions, ranges)
         regions.sort(key=lambda region: (region.offset, region.length))
     for region in regions:
@@ -185,11 +201,15 @@ async def map_disk(
     )
 
 
-async def _map_unpartitioned(reader: RangeReader, size: int, table: PartitionTable, frozen: bool) -> Region:
+async def _map_unpartitioned(
+    reader: RangeReader, size: int, table: PartitionTable, frozen: bool, unmapped: Mapping[int, str]
+) -> Region:
     signature = await identify(reader, 0, size)
     outcome: UsedMap | Refusal
     if table.kind == "protective":
         outcome = Refusal(signature.kind, "its partition table can't be read")
+    elif unmapped:
+        outcome = Refusal(signature.kind, next(iter(unmapped.values())))
     else:
         outcome = await map_filesystem(reader, 0, size, frozen=frozen, signature=signature)
     return Region(
@@ -198,23 +218,25 @@ async def _map_unpartitioned(reader: RangeReader, size: int, table: PartitionTab
 
 
 async def _map_partitions(
-    reader: RangeReader, size: int, table: PartitionTable, frozen: Collection[int]
+    reader: RangeReader, size: int, table: PartitionTable, frozen: Collection[int], unmapped: Mapping[int, str]
 ) -> list[Region]:
     """One region for each partition that holds anything; physical volumes are mapped together."""
     parts = [one for one in table.partitions if not one.is_extended and one.start < size]
-    overlapping = _overlapping(parts)
+    shared = overlapping(parts)
     regions: list[Region] = []
     volumes: list[int] = []
     for one in parts:
         length = min(one.end, size) - one.start
         outcome: UsedMap | Refusal
         # A hostile table can lay thousands of partitions over each other; nobody looks into those.
-        is_alone = one.number not in overlapping
+        is_alone = one.number not in shared
         signature = await identify(reader, one.start, length) if is_alone else Signature(kind="unknown")
         if not is_alone:
             outcome = Refusal(signature.kind, "it overlaps another partition")
         elif one.end > size:
             outcome = Refusal(signature.kind, "it ends behind the end of the disk")
+        elif one.number in unmapped:
+            outcome = Refusal(signature.kind, unmapped[one.number])
         elif signature.kind == "lvm2":
             outcome = Refusal("lvm2", "")
             volumes.append(len(regions))
@@ -243,18 +265,6 @@ async def _map_partitions(
 
 def _copied(outcome: UsedMap | Refusal, length: int) -> int:
     return outcome.used_bytes if isinstance(outcome, UsedMap) else length
-
-
-def _overlapping(parts: list[Partition]) -> set[int]:
-    """Numbers of the partitions that share bytes with another."""
-    found: set[int] = set()
-    reach: Partition | None = None
-    for one in sorted(parts, key=lambda part: (part.start, part.end)):
-        if reach is not None and one.start < reach.end:
-            found |= {one.number, reach.number}
-        if reach is None or one.end > reach.end:
-            reach = one
-    return found
 
 
 async def _map_gaps(

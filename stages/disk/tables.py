@@ -12,6 +12,7 @@ from __future__ import annotations
 import struct
 import uuid
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -349,6 +350,18 @@ def _layout_problems(partitions: list[Partition], size: int) -> list[str]:
             if not one.is_logical and one is not box and one.start < box.end and box.start < one.end
         ]
     return problems
+
+
+def overlapping(parts: Sequence[Partition]) -> set[int]:
+    """Numbers of the partitions that share bytes with another."""
+    found: set[int] = set()
+    reach: Partition | None = None
+    for one in sorted(parts, key=lambda part: (part.start, part.end)):
+        if reach is not None and one.start < reach.end:
+            found |= {one.number, reach.number}
+        if reach is None or one.end > reach.end:
+            reach = one
+    return found
 
 
 # -- GPT --------------------------------------------------------------------------------------------------------------

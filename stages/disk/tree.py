@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pipeline.units import MiB
 
@@ -121,6 +121,30 @@ class FileTree(Protocol):
         ...
 
     async def space(self) -> Space: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Subvolume:
+    """A root inside of a filesystem that has several.
+
+    Attributes:
+        number: as the filesystem counts them.
+        path: from the filesystem's top, without a slash in front; empty for the top itself.
+        root: its inode, for the tree.
+    """
+
+    number: int
+    path: str
+    root: int
+
+
+@runtime_checkable
+class HasSubvolumes(Protocol):
+    """A FileTree with several roots; its own `root` is the default one."""
+
+    async def subvolumes(self) -> tuple[Subvolume, ...]:
+        """All of them, the top first. Raises FormatError."""
+        ...
 
 
 class View(Protocol):

@@ -13,10 +13,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import numpy as np
-from awscrt.checksums import crc32c
 
 from pipeline.errors import FormatError
 from pipeline.flow.items import RangeReader
+from stages.disk.checksums import crc32c
 from stages.disk.reading import read_each
 from stages.disk.usage import Numbers, RangeSet, Refusal, UsedMap, take_witness
 
@@ -86,7 +86,7 @@ def parse_superblock(data: bytes, size: int) -> Superblock:
     if blocks * block > size:
         raise FormatError(f"the filesystem has {blocks * block} bytes, its partition {size}")
     if is_v5:
-        _check_crc(data[:sector].ljust(sector, b"\0"), 224, "the superblock")
+        check_crc(data[:sector].ljust(sector, b"\0"), 224, "the superblock")
     shift = (ag_blocks - 1).bit_length()
     ag, inside = log_block >> shift, log_block & (1 << shift) - 1
     start = (ag * ag_blocks + inside) * block
@@ -109,7 +109,7 @@ def parse_superblock(data: bytes, size: int) -> Superblock:
     )
 
 
-def _check_crc(data: bytes | memoryview, at: int, what: str) -> None:
+def check_crc(data: bytes | memoryview, at: int, what: str) -> None:
     """The CRC32C at `at` is over the whole structure with itself as zeros."""
     if crc32c(data[at + 4 :], crc32c(bytes(4), crc32c(data[:at]))) != struct.unpack_from("<I", data, at)[0]:
         raise FormatError(f"the checksum of {what} is wrong")
@@ -173,7 +173,7 @@ async def _add_group(reader: RangeReader, found: Superblock, number: int, length
     levels = struct.unpack_from(">I", agf, 28)[0]
     free = int(struct.unpack_from(">I", agf, 52)[0])
     if found.is_v5:
-        _check_crc(agf, 216, f"the header of allocation group {number}")
+        check_crc(agf, 216, f"the header of allocation group {number}")
     if magic != b"XAGF" or sequence != number or said != length or not 0 < levels <= _LEVELS_MAX:
         raise FormatError("the header of an allocation group makes no sense", group=number)
     nodes = np.array([root], np.int64)
@@ -233,7 +233,7 @@ async def _blocks(
             if magic != (b"AB3B" if found.is_v5 else b"ABTB") or said != level:
                 raise FormatError("a block of a b-tree makes no sense", group=number, offset=offsets[index])
             if found.is_v5:
-                _check_crc(data, 52, "a b-tree block")
+                check_crc(data, 52, "a b-tree block")
             bodies[index] = (records, data)
         for index in range(len(offsets)):
             yield bodies[index]

@@ -415,6 +415,7 @@ def plan_layout(options: Options, request: LayoutRequest) -> Layout:
         image_bytes_max=geometry.worst_case[0],
         made_max=request.window if compressed else 0,
         grain=int(options.cluster_size),
+        skips_grow=False,
     )
 
 

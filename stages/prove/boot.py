@@ -244,7 +244,7 @@ def _failed(seen: _Seen, found: tuple[Symptom, str] | None = None) -> _Decision:
     found = found or find_symptom(seen.text)
     assert found is not None, "asked only when there is one"
     symptom, line = found
-    details = (f"it said: {line}",) + ((f"preflight looks at this: {symptom.rule}",) if symptom.rule else ())
+    details = (f"it said: {line}",) + ((f"preflight looks for the cause: {symptom.rule}",) if symptom.rule else ())
     return "failed", symptom.reason, "", details
 
 

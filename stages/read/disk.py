@@ -1,29 +1,44 @@
-"""Read a block device or a raw image file with O_DIRECT.
+"""Read a block device or a raw image file with O_DIRECT: all of it, or the partitions and blocks that are wanted.
 
-Holes of a file are found with SEEK_DATA / SEEK_HOLE (lseek(2)) and not read. A block device is raw, whatever its first
-bytes look like. The source is opened read-only.
+Holes of a file are found with SEEK_DATA / SEEK_HOLE (lseek(2)) and not read; nor are blocks that a filesystem does not
+use, where that can be trusted (`stages/disk/`). A block device is raw, whatever its first bytes look like. The source
+is opened read-only; where the image holds another partition table, it is put into the stream.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import stat
 import struct
 import threading
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import anyio
 
 from pipeline.errors import PlanError, SourceError
 from pipeline.events import FallbackTaken
+from pipeline.flow.facts import Fact
 from pipeline.flow.items import Block, Content, Run, Why
 from pipeline.flow.pacing import RateLimit
 from pipeline.flow.parallel import in_thread
 from pipeline.flow.stage import BLOCKS, DISK_SIZE, NOTHING, SourceInfo, StageContext, StageSpec, option
-from pipeline.units import KiB, MiB, Size, round_up
+from pipeline.units import Duration, KiB, MiB, Size, round_up
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from stages.disk.cuts import Cut
+    from stages.disk.freezing import Freeze
+    from stages.disk.occupancy import Use
+    from stages.disk.selection import Selection
+    from stages.disk.tables import PartitionTable
 
 # linux/fs.h
 _BLKGETSIZE64 = 0x80081272
@@ -39,23 +54,81 @@ class Options:
     """Options of read.disk."""
 
     path: Path = option(doc="Block device or raw image file.", example="/dev/sda", may_change=True)
+    partitions: Literal["all", "needed"] | tuple[int, ...] = option(
+        "all",
+        doc="Partitions to keep, as [1, 2]; needed keeps those that the running system needs to start: root, "
+        "/boot, the EFI partition, /home, what fstab mounts. The partition table of the image fits them.",
+    )
+    through: int | None = option(None, doc="Keep everything up to the end of this partition.")
+    bytes: Size | None = option(None, doc='Keep this much of the disk\'s beginning, as in "20481 MiB".')
+    blocks: Literal["used", "all"] = option(
+        "used",
+        doc="used leaves out blocks that no file uses, wherever the filesystem is known, clean and not being written; "
+        "the image has zeros there. all copies every block.",
+    )
     block_size: Literal["auto", "2 MiB", "4 MiB"] = option(
         "auto", doc="The window that is read at once; auto is 2 MiB where the image is compressed, else 4 MiB."
+    )
+    consistency: Literal["live", "offline", "freeze"] = option(
+        "live",
+        doc="Of filesystems that are mounted read-write: live copies them as they change, whole, and the manifest says "
+        "so; offline refuses them; freeze holds them still until all is stored (fsfreeze, thawed by a watchdog).",
+        may_change=True,
+    )
+    freeze_timeout: Duration = option(
+        Duration(600), doc="A freeze ends after so long at the latest; then the run fails.", may_change=True
     )
     rate_limit: Size | None = option(
         None, doc='Read at most this much a second, as in "200 MiB", where others need the disk too.', may_change=True
     )
+
+    def __post_init__(self) -> None:
+        given = [
+            name
+            for name, is_given in (
+                ("partitions", self.partitions != "all"),
+                ("through", self.through is not None),
+                ("bytes", self.bytes is not None),
+            )
+            if is_given
+        ]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} contradict each other: give one of them")
+        if self.partitions == ():
+            raise ValueError('partitions = [] keeps none; "all" keeps them all')
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A fact as the plain values that the manifest holds."""
+
+    value: Any
+
+    def to_json(self) -> Any:
+        """The values."""
+        return self.value
+
+
+PARTITIONS: Fact[Told] = Fact("partitions", Told)
+BLOCKS_TAKEN: Fact[Told] = Fact("blocks", Told)
+CONSISTENCY: Fact[Told] = Fact("consistency", Told)
 
 
 class DiskReader:
     """A disk as a map of runs and a threaded load."""
 
     def __init__(self, options: Options, context: StageContext) -> None:
+        self._options = options
         self._path = options.path
         self._block_size = {"auto": None, "2 MiB": 2 * MiB, "4 MiB": 4 * MiB}[options.block_size]
         self._context = context
         self._limit = RateLimit(context.clock, options.rate_limit)
-        self._size = 0
+        self._size = 0  # of the disk; the selection has that of the virtual disk
+        self._selection: Selection | None = None
+        self._freeze: Freeze | None = None
+        self._live: tuple[Use, ...] = ()  # who can write to what is taken
+        self._written = 0  # bytes, when the copy began
+        self._hole = range(0)  # the last one that was found
         self._fd = -1
         self._map_fd = -1
         self._alignment = 0  # bytes; 0: not O_DIRECT
@@ -63,9 +136,9 @@ class DiskReader:
         self._lock = threading.Lock()
 
     async def open(self) -> SourceInfo:
-        """Open it read-only and probe what O_DIRECT wants. Raises PlanError."""
+        """Open it read-only, probe what O_DIRECT wants, look at what it holds. Raises PlanError, SourceError."""
         try:
-            return await in_thread(self._context.threads, self._open)
+            info = await in_thread(self._context.threads, self._open)
         except OSError as error:
             raise PlanError(
                 f"can't open the source: {os.strerror(error.errno or 0)}",
@@ -73,6 +146,116 @@ class DiskReader:
                 path=self._path,
                 hint=_OPEN_HINTS.get(error.errno or 0, ""),
             ) from None
+        return await self._select(info) if info.size else info
+
+    async def _select(self, info: SourceInfo) -> SourceInfo:
+        """Decide what is taken of the disk, and hold it still where that is wanted."""
+        from stages.disk.occupancy import bytes_written, uses_of
+        from stages.disk.selection import Wanted, select
+
+        options = self._options
+        uses = await in_thread(self._context.threads, lambda: uses_of(self._path))
+
+        async def hold(table: PartitionTable, cut: Cut | None) -> Collection[str]:
+            return await self._hold(uses, table, cut)
+
+        chosen = await select(
+            _Ranges(self, self._context.threads),
+            Wanted(
+                partitions=None if isinstance(options.partitions, str) else options.partitions,
+                needed=options.partitions == "needed",
+                through=options.through,
+                stop=options.bytes,
+                only_used=options.blocks == "used",
+            ),
+            sector_size=info.sector_size if self._is_device else None,
+            uses=uses,
+            hold=hold,
+            rounding=self._context.rounding,
+            path=self._path,
+        )
+        self._selection = chosen
+        self._written = bytes_written(self._path) or 0
+        self._context.facts.put(PARTITIONS, Told({"table": chosen.table.kind, "partitions": chosen.partitions()}))
+        self._context.facts.put(
+            BLOCKS_TAKEN,
+            Told(
+                {
+                    "blocks": options.blocks,
+                    "taken_bytes": chosen.used_bytes,
+                    **chosen.identity,
+                    "reasons": [list(one) for one in chosen.map.reasons()] if chosen.map else [],
+                }
+            ),
+        )
+        return replace(
+            info,
+            size=chosen.size,
+            mapped_bytes=min(info.mapped_bytes, chosen.used_bytes),
+            identity={**info.identity, **chosen.identity},
+            summary=tuple(chosen.summary()),
+            notes=tuple(self._notes()),
+        )
+
+    async def _hold(self, uses: Collection[Use], table: PartitionTable, cut: Cut | None) -> Collection[str]:
+        """Refuse or freeze what is mounted read-write, as the options say; devices of what holds still then."""
+        from stages.disk.selection import printable, used_partitions
+
+        options = self._options
+        self._live = tuple(
+            use
+            for use in uses
+            if use.writable
+            and use.kind != "swap"
+            and (cut is None or used_partitions(table, use) & {0, *cut.kept} or not table.partitions)
+        )
+        if options.consistency == "offline" and self._live:
+            points = ", ".join(dict.fromkeys(printable(use.point) for use in self._live))
+            raise PlanError(
+                f"the disk is in use: {points}",
+                operation="open",
+                path=self._path,
+                hint='Unmount it, boot a rescue system, export a snapshot, or set consistency = "freeze" in read.disk.',
+            )
+        if options.consistency != "freeze" or not self._live or self._context.is_rehearsal:
+            return ()
+        from stages.disk.freezing import Freeze, refuse_own_files
+        from stages.disk.occupancy import mounts_here
+
+        targets: dict[str, str] = {}
+        for use in self._live:
+            if use.kind == "mount" and use.is_reachable:
+                targets.setdefault(use.device, use.point)
+        for use in self._live:
+            if use.device not in targets:
+                raise PlanError(
+                    f"{printable(use.point)} can't be frozen: it is not mounted where this process could reach it",
+                    operation="freeze",
+                    hint="Run it where it is mounted (outside of the container), or stop what holds it.",
+                )
+        refuse_own_files(tuple(targets.items()), self._context.own_files)
+        order = [mount.point for mount in mounts_here()]
+        # What was mounted last comes first: a filesystem in a file on another one has to reach that to come to rest.
+        latest_first = sorted(targets.values(), key=order.index, reverse=True)
+        self._freeze = await Freeze.begin(latest_first, timeout_s=options.freeze_timeout)
+        return [device for device, point in targets.items() if point in self._freeze.points]
+
+    def _notes(self) -> Iterator[str]:
+        from stages.disk.selection import printable
+
+        points = list(dict.fromkeys(printable(use.point) for use in self._live))
+        if self._freeze is not None:
+            yield f"frozen until every byte is stored: {', '.join(map(printable, self._freeze.points))}"
+            if self._freeze.unable:
+                unable = ", ".join(map(printable, self._freeze.unable))
+                yield f"can't be frozen, and is copied whole as it changes: {unable}"
+        elif points and self._options.consistency == "freeze":
+            yield f"will be frozen: {', '.join(points)}"
+        elif points:
+            yield (
+                f"mounted read-write at {', '.join(points)}: copied whole, as an image of many moments; "
+                'consistency = "freeze" in read.disk holds it still'
+            )
 
     def _open(self) -> SourceInfo:
         self._map_fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
@@ -105,8 +288,6 @@ class DiskReader:
 
     def _probe_direct(self, sector: int) -> None:
         """Open with O_DIRECT and find the alignment it takes; else stay with buffered reads."""
-        import mmap
-
         reason = ""
         try:
             fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
@@ -136,6 +317,8 @@ class DiskReader:
             for block in batch:
                 # Before the window is handed out: what sleeps in a thread can't be cancelled.
                 await self._limit.wait(sum(run.length for run in block.runs if run.is_data))
+                if self._freeze is not None and not self._freeze.is_held:
+                    await self._thaw()
                 yield block
             if len(batch) < _RUNS_AT_ONCE:
                 return
@@ -144,11 +327,12 @@ class DiskReader:
         """Tile the map's runs into windows; windows without data are joined to skips."""
         pending: list[Run] = []
         begin = start
+        size = self._chosen.size
         for run in self._runs(start):
             while run.length:
                 edge = begin - begin % window + window
                 if not pending and not run.is_data and run.end - begin >= window:
-                    stop = run.end if run.end == self._size else run.end - run.end % window
+                    stop = run.end if run.end == size else run.end - run.end % window
                     yield Block(begin, stop - begin, None, (Run(begin, stop - begin, run.content, run.why),))
                     run = Run(stop, run.end - stop, run.content, run.why)
                     begin = stop
@@ -156,26 +340,41 @@ class DiskReader:
                 length = min(run.length, edge - run.offset)
                 pending.append(Run(run.offset, length, run.content, run.why))
                 run = Run(run.offset + length, run.length - length, run.content, run.why)
-                if pending[-1].end in (edge, self._size):
+                if pending[-1].end in (edge, size):
                     yield Block(begin, pending[-1].end - begin, None, tuple(pending))
                     begin, pending = pending[-1].end, []
 
+    @property
+    def _chosen(self) -> Selection:
+        assert self._selection is not None, "open comes first"
+        return self._selection
+
     def _runs(self, start: int) -> Iterator[Run]:
-        """Data and holes from `start` to the end. Threads: any, one at a time for each iterator."""
-        position = start
-        while position < self._size:
-            data, hole = self._next_extent(position)
-            if data > position:
-                yield Run(position, data - position, Content.ZERO, Why.HOLE)
-            if hole > data:
-                yield Run(data, hole - data, Content.DATA, Why.READ)
-            position = hole
+        """What is taken and what is not, from `start` to the end. Threads: any, one at a time for each iterator."""
+        chosen = self._chosen
+        runs = chosen.runs(start)
+        return chosen.with_overlays(runs if self._is_device else self._without_holes(runs))
+
+    def _without_holes(self, runs: Iterator[Run]) -> Iterator[Run]:
+        """The runs, with the holes of the file where they lie in data."""
+        for run in runs:
+            position = run.offset
+            while run.is_data and position < run.end:
+                data, hole = self._next_extent(position)
+                data, hole = min(data, run.end), min(hole, run.end)
+                if data > position:
+                    yield Run(position, data - position, Content.ZERO, Why.HOLE)
+                if hole > data:
+                    yield Run(data, hole - data, Content.DATA, Why.READ)
+                position = hole
+            if not run.is_data:
+                yield run
 
     def _next_extent(self, position: int) -> tuple[int, int]:
         """The next data as (start, end), cut at the disk's size; (size, size) when only a hole is left."""
-        if self._is_device:
-            return position, self._size
         with self._lock:  # SEEK_DATA and SEEK_HOLE move the one file offset
+            if position in self._hole:  # a hole that many runs lie in is looked up once
+                return self._hole.stop, self._hole.stop
             try:
                 data = os.lseek(self._map_fd, position, os.SEEK_DATA)
                 hole = os.lseek(self._map_fd, data, os.SEEK_HOLE)
@@ -184,6 +383,7 @@ class DiskReader:
                     self._check_size()
                     return self._size, self._size
                 return position, self._size  # this filesystem can't tell: read everything
+            self._hole = range(position, data)
         return min(data, self._size), min(hole, self._size)
 
     def _check_size(self) -> None:
@@ -204,17 +404,75 @@ class DiskReader:
 
     def load(self, block: Block, buffer: memoryview) -> None:
         """Fill the buffer with the block's bytes; zero runs are zeroed. Threads: any, several at once."""
+        chosen = self._chosen
         unit = self._alignment or 1
         for begin, end, is_data in _stretches(block.runs):
-            if is_data:
-                begin -= begin % unit  # rounding out over a hole reads zeros
+            end = min(end, chosen.copied)  # behind it, data is what the overlays hold
+            if is_data and begin < end:
+                begin -= begin % unit
                 self._read(begin, end - begin, buffer[begin - block.offset :])
-            else:
-                _zero(buffer[begin - block.offset : end - block.offset])
+        # Now, because a read is rounded out, and over small gaps on purpose: what is left out is zero by definition.
         for run in block.runs:
-            # Holes that were read together with their neighbours: what an image holds there is zero by definition.
-            if not run.is_data and run.length < _GAP_READ_ANYWAY:
+            if not run.is_data:
                 _zero(buffer[run.offset - block.offset : run.end - block.offset])
+        if block.end > chosen.copied:
+            _zero(buffer[max(0, chosen.copied - block.offset) : block.length])
+        chosen.patch(block.offset, buffer[: block.length])
+
+    async def conclude(self) -> None:
+        """See that what was taken for unused stayed so, thaw, and leave what was achieved as a fact.
+
+        Raises:
+            SourceError: a filesystem was written to while it was copied.
+        """
+        from stages.disk.occupancy import bytes_written
+
+        chosen = self._chosen
+        if chosen.map is not None and not await chosen.map.still_holds(_Ranges(self, self._context.threads)):
+            raise SourceError(
+                "the disk was written to while its used blocks were copied",
+                operation="read",
+                path=self._path,
+                hint='Unmount it, or set consistency = "freeze" in read.disk; blocks = "all" copies a disk in use, as '
+                "an image of many moments.",
+            )
+        written = bytes_written(self._path)
+        frozen: tuple[str, ...] = ()
+        restless = tuple(dict.fromkeys(use.point for use in self._live))
+        if self._freeze is not None:
+            frozen, restless = self._freeze.points, self._freeze.unable
+            await self._thaw()
+        self._context.facts.put(
+            CONSISTENCY,
+            Told(
+                {
+                    "asked": self._options.consistency,
+                    "achieved": "live" if restless else "frozen" if frozen else "offline",
+                    "frozen": list(frozen),
+                    "changing": list(restless),
+                    "written_bytes": None if written is None else written - self._written,
+                }
+            ),
+        )
+
+    async def _thaw(self) -> None:
+        """Let the filesystems go. Raises SourceError where they were not held up to now."""
+        from stages.disk.freezing import not_held
+
+        freeze, self._freeze = self._freeze, None
+        if freeze is None:
+            return
+        with anyio.CancelScope(shield=True):
+            if not await freeze.end():
+                raise not_held(self._options.freeze_timeout, self._path)
+
+    def read_exactly(self, offset: int, length: int) -> bytes:
+        """Bytes of the disk as it is. Threads: any. Raises SourceError."""
+        unit = self._alignment or 1
+        begin = offset - offset % unit
+        with mmap.mmap(-1, max(1, round_up(offset + length, unit) - begin)) as aligned, memoryview(aligned) as view:
+            self._read(begin, min(offset + length, self._size) - begin, view)
+            return bytes(view[offset - begin : offset - begin + length])
 
     def _read(self, offset: int, length: int, into: memoryview) -> None:
         """Read exactly `length` bytes at `offset`, which is aligned; `into` has room for rounding the length up."""
@@ -253,11 +511,27 @@ class DiskReader:
         )
 
     async def close(self) -> None:
-        """Close both descriptors; idempotent."""
+        """Thaw, and close both descriptors; idempotent."""
+        if self._freeze is not None:
+            with suppress(SourceError):  # said already, or of no importance any more
+                await self._thaw()
         for fd in (self._fd, self._map_fd):
             if fd >= 0:
                 os.close(fd)
         self._fd = self._map_fd = -1
+
+
+class _Ranges:
+    """The disk itself as a RangeReader, with O_DIRECT where it can: what a filesystem wrote, never what a cache has."""
+
+    def __init__(self, disk: DiskReader, threads: anyio.CapacityLimiter) -> None:
+        self._disk = disk
+        self._threads = threads
+        self.size = disk._size
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes. Raises SourceError."""
+        return await in_thread(self._threads, lambda: self._disk.read_exactly(offset, length))
 
 
 def _take(blocks: Iterator[Block], count: int) -> list[Block]:
@@ -329,5 +603,5 @@ SPEC = StageSpec(
     takes=NOTHING,
     gives=BLOCKS,
     build=DiskReader,
-    provides=(DISK_SIZE,),
+    provides=(DISK_SIZE, PARTITIONS, BLOCKS_TAKEN, CONSISTENCY),
 )

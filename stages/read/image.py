@@ -40,7 +40,9 @@ class Options:
     """Options of read.image."""
 
     path: Path | None = option(None, doc="The image file. Either this or url.")
-    url: str | None = option(None, doc="Where the image is: s3://, sftp://, nbd://, http(s)://, read by ranges.")
+    url: str | None = option(
+        None, doc="Where the image is: s3://, sftp://, nbd://, http(s)://, dav(s)://; read by ranges."
+    )
     format: str = option(
         "auto",
         doc="raw, qcow2, vhd, vmdk, vhdx, ova or gce; raw+zstd and the like for our compressed streams. auto looks "
@@ -209,12 +211,6 @@ def _identity(files: OpenedFiles, image: DecodedImage) -> dict[str, str]:
     return found
 
 
-def _open_web(url: str, *, endpoint: str = "") -> object:
-    from stages.store.web import open_web_reader
-
-    return open_web_reader(url, endpoint=endpoint)
-
-
 SPEC = StageSpec(
     name="read.image",
     summary="Read a disk out of an image of any format, from a file or a URL by ranges; zeros are not fetched.",
@@ -223,6 +219,4 @@ SPEC = StageSpec(
     gives=BLOCKS,
     build=ImageReader,
     provides=(DISK_SIZE,),
-    schemes=("http", "https"),
-    open_reader=_open_web,
 )

@@ -62,10 +62,10 @@ class Reply:
 
 
 class SendBody(Protocol):
-    """What `request` sends: a length, and chunks for one attempt."""
+    """What `request` sends: a length (None: sent in chunks, RFC 9112 section 7.1), and chunks for one attempt."""
 
     @property
-    def length(self) -> int: ...
+    def length(self) -> int | None: ...
 
     def chunks(self) -> AsyncIterator[Buffer]: ...
 
@@ -170,7 +170,9 @@ class HttpClient:
         begun = anyio.current_time()
         watch = _Watch(self._timeouts)
         sender = _Sender(body, watch, self._on_alive) if body is not None else None
-        sent = {**headers, "Content-Length": str(body.length)} if body is not None else dict(headers)
+        sent = dict(headers)
+        if body is not None and body.length is not None:
+            sent["Content-Length"] = str(body.length)
         sent.setdefault("User-Agent", f"disk-pipeline/{__version__}")
         sent.setdefault("Accept-Encoding", "identity")
         try:
@@ -197,6 +199,8 @@ class HttpClient:
                                     break
                                 raise StoreError("the reply is too long", operation=operation, limit=reply_max)
                     self._on_alive()
+                    if sender is not None and response.status < 300 and not sender.is_complete:
+                        raise StoreError("the server answered before it had all of the body", operation=operation)
                     return Reply(
                         status=response.status,
                         headers={name.lower(): value for name, value in response.headers.items()},
@@ -348,7 +352,7 @@ def _watching() -> aiohttp.TraceConfig:
     async def head_sent(
         session: object, context: SimpleNamespace, params: aiohttp.TraceRequestHeadersSentParams
     ) -> None:
-        if params.headers.get("Content-Length", "0") == "0":
+        if params.headers.get("Content-Length", "0") == "0" and "Transfer-Encoding" not in params.headers:
             context.trace_request_ctx.sent()
 
     trace = aiohttp.TraceConfig()
@@ -369,23 +373,28 @@ class _Sender:
         self._watch = watch
         self._on_alive = on_alive
         self.error: Exception | None = None
+        self.is_complete = body.length == 0
 
     async def chunks(self) -> AsyncIterator[Buffer]:
         sent, sending_s = 0, 0.0
+        length = self._body.length
         timeouts = self._watch.timeouts
         try:
             async with aclosing(self._body.chunks()) as chunks:  # type: ignore[type-var]  # a generator in all cases
                 async for chunk in chunks:
                     begun = anyio.current_time()
                     self._watch.sending(timeouts.progress_s + sent / timeouts.floor_bytes_per_s - sending_s)
+                    # Before the last byte goes: its answer may be here before this runs again.
+                    self.is_complete = length == sent + len(chunk)
                     yield chunk
                     sending_s += anyio.current_time() - begun
                     self._watch.taken()
                     sent += len(chunk)
                     if sent > _SOCKET_BUFFERS:
                         self._on_alive()
-            if sent != self._body.length:
-                raise ValueError(f"the body has {sent} of {self._body.length} bytes")
+            if length is not None and sent != length:
+                raise ValueError(f"the body has {sent} of {length} bytes")
+            self.is_complete = True
             self._watch.sent()
         except Exception as error:
             self.error = error

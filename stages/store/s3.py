@@ -109,6 +109,13 @@ class OpenUpload:
     initiated: float
 
 
+def limits_at(endpoint: str) -> PartLimits:
+    """What the store at an endpoint wants of parts, as far as its name tells."""
+    host = urlsplit(endpoint).hostname or ""
+    # Cloudflare R2: all parts but the last have the same length (R2 documentation, "Multipart objects").
+    return PartLimits(equal=host.endswith(".r2.cloudflarestorage.com"))
+
+
 class S3Client:
     """One bucket of an S3-compatible store. Every call is one request, never repeated here."""
 
@@ -172,9 +179,7 @@ class S3Client:
     @property
     def limits(self) -> PartLimits:
         """What the store wants of parts, as far as its name tells."""
-        host = urlsplit(self.endpoint).hostname or ""
-        # Cloudflare R2: all parts but the last have the same length (R2 documentation, "Multipart objects").
-        return PartLimits(equal=host.endswith(".r2.cloudflarestorage.com"))
+        return limits_at(self.endpoint)
 
     def command(self, verb: str, key: str, *more: str) -> str:
         """An `aws s3api` command line about an object."""

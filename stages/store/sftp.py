@@ -173,11 +173,13 @@ class Session:
 
     Attributes:
         lost: an answer is missing or the connection broke; nothing more can be asked.
+        patient_until: a request that takes long is under way until then at most; servers answer in turn.
     """
 
     connection: asyncssh.SSHClientConnection
     sftp: asyncssh.SFTPClient
     lost: bool = False
+    patient_until: float = 0.0
     waiting: set[anyio.CancelScope] = field(default_factory=set)
 
 
@@ -381,7 +383,12 @@ class SftpClient:
         if session.lost:
             raise self._gone(operation, "the connection was lost")
         patience = patience_s or self.patience.progress_s
-        with anyio.CancelScope(deadline=anyio.current_time() + patience) as scope:
+        now = anyio.current_time()
+        if patience_s:
+            session.patient_until = now + patience_s
+            for other in session.waiting:
+                other.deadline = max(other.deadline, session.patient_until)
+        with anyio.CancelScope(deadline=max(now + patience, session.patient_until)) as scope:
             session.waiting.add(scope)
             try:
                 answer = await send()
@@ -389,10 +396,12 @@ class SftpClient:
                 raise self._converted(session, error, operation, path) from None
             finally:
                 session.waiting.discard(scope)
+                if patience_s:
+                    session.patient_until = 0.0
             # Requests are answered in turn: while any is answered, those behind it are not forgotten.
             again = anyio.current_time() + self.patience.progress_s
             for other in session.waiting:
-                other.deadline = max(other.deadline, again)
+                other.deadline = max(again, session.patient_until) if patience_s else max(other.deadline, again)
             self.retry.alive()
             return answer
         session.lost = True
@@ -779,6 +788,7 @@ def _is_lost(error: Exception) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.errno:
+    # Name lookups have numbers of their own, which are negative, and words of their own.
+    if isinstance(error, OSError) and error.errno and error.errno > 0:
         return os.strerror(error.errno)
-    return str(getattr(error, "reason", "") or error) or type(error).__name__
+    return str(getattr(error, "reason", "") or getattr(error, "strerror", "") or error) or type(error).__name__

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from pipeline.config.options import without_secrets
 from pipeline.errors import FormatError, PlanError, StoreError
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pipeline.flow.retry import Retry, RetryPolicy
     from stages.store.http import HttpClient, Reply, Timeouts
 
+# What a URL may begin with, and how that is asked for: dav is WebDAV, whose files are read like any other.
+SCHEMES = {"http": "http", "https": "https", "dav": "http", "davs": "https"}
 # One request. Larger ones gain nothing and cost more when they have to be sent again.
 _RANGE_MAX = 8 * MiB
 # What is read of a reply that is not a range: an error page, or the begin of the whole object.
@@ -108,22 +110,68 @@ class WebReader:
         return reply.body
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebAddress:
+    """An object on a web server, taken out of a URL with one of `SCHEMES`.
+
+    Attributes:
+        origin: `http(s)://host[:port]`.
+        url: without user, password and fragment; what is asked for.
+        authorization: of the user and password in the URL, as a header has it; empty where there were none.
+    """
+
+    origin: str
+    url: str
+    authorization: str
+
+    @classmethod
+    def parse(cls, url: str) -> WebAddress:
+        """Take a URL apart. Raises PlanError."""
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname, parts.port
+        except ValueError:
+            host, port, parts = None, None, urlsplit("")
+        scheme = SCHEMES.get(parts.scheme)
+        if scheme is None or not host or re.search(r"[\s\x00-\x1f]", url):
+            raise PlanError(
+                f'"{without_secrets(url)}" does not name an object',
+                operation="plan",
+                hint="Write http://HOST/PATH or https://HOST/PATH.",
+            )
+        host = f"[{host}]" if ":" in host else host
+        origin = f"{scheme}://{host}" + (f":{port}" if port else "")
+        # The path as the URL has it, but for what no request may hold.
+        path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
+        authorization = ""
+        if parts.username is not None:
+            authorization = basic(unquote(parts.username), unquote(parts.password or ""))
+        return cls(
+            origin=origin,
+            url=origin + path + (f"?{parts.query}" if parts.query else ""),
+            authorization=authorization,
+        )
+
+
+def basic(user: str, password: str) -> str:
+    """An Authorization header. Source: RFC 7617, section 2."""
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
 class _Place:
     """Where the object really is, after redirections, and the connections to it."""
 
-    def __init__(self, client: HttpClient, url: str, authorization: str) -> None:
+    def __init__(self, client: HttpClient, url: str, headers: Mapping[str, str]) -> None:
         self._client = client
         self._url = url
-        self._authorization = authorization
+        self._headers = headers
         self.shown = without_secrets(url)
 
     async def get(self, offset: int, length: int, *, if_range: str = "") -> Reply:
         """One range request. Raises StoreError for what is neither a range, the whole object nor a redirection."""
-        headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
+        headers = {**self._headers, "Range": f"bytes={offset}-{offset + length - 1}"}
         if if_range:
             headers["If-Range"] = if_range
-        if self._authorization:
-            headers["Authorization"] = self._authorization
         reply = await self._client.request(
             "GET", self._url, headers, operation="read", reply_max=max(length, _REPLY_KEPT), cut=True
         )
@@ -160,13 +208,15 @@ async def open_web_reader(
     *,
     endpoint: str = "",
     ca_file: Path | None = None,
+    headers: Mapping[str, str] | None = None,
     timeouts: Timeouts | None = None,
     policy: RetryPolicy | None = None,
 ) -> AsyncIterator[WebReader]:
-    """Open `http(s)://...` for random reads.
+    """Open `http(s)://...`, or `dav(s)://...`, for random reads.
 
     Args:
         url: a user and password in it go out as Basic authentication, to its own host only.
+        headers: for every request to the origin of `url`, and to no other.
         endpoint: ignored; every opener takes it.
     Raises:
         PlanError: not such a URL.
@@ -177,42 +227,26 @@ async def open_web_reader(
     from stages.store.http import HttpClient
 
     retry = Retry(policy or RetryPolicy(), clock=RealClock(), emit=lambda event: None, stage="read")
+    first = ""
     for _ in range(_REDIRECTS_MAX + 1):
-        origin, address, authorization = _taken_apart(url)
-        client = HttpClient(origin, connections=_CONNECTIONS, ca_file=ca_file, timeouts=timeouts, on_alive=retry.alive)
+        address = WebAddress.parse(url)
+        first = first or address.origin
+        sent = dict(headers or {}) if address.origin == first else {}
+        if address.authorization:
+            sent["Authorization"] = address.authorization
+        client = HttpClient(
+            address.origin, connections=_CONNECTIONS, ca_file=ca_file, timeouts=timeouts, on_alive=retry.alive
+        )
         try:
-            place = _Place(client, address, authorization)
+            place = _Place(client, address.url, sent)
             reply = await retry.call("read", lambda place=place: place.get(0, 1))  # type: ignore[misc]  # a default
             if reply.status not in _REDIRECTS:
                 yield WebReader(place, _state_of(reply, place.shown), retry)
                 return
-            url = _redirected(url, address, reply, place.shown)
+            url = _redirected(url, address.url, reply, place.shown)
         finally:
             await client.close()
     raise StoreError(f"more than {_REDIRECTS_MAX} redirections", operation="open", url=without_secrets(url))
-
-
-def _taken_apart(url: str) -> tuple[str, str, str]:
-    """Origin, the address without user and fragment, and the Authorization header."""
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host, port, parts = None, None, urlsplit("")
-    if parts.scheme not in ("http", "https") or not host or re.search(r"[\s\x00-\x1f]", url):
-        raise PlanError(
-            f'"{without_secrets(url)}" does not name an object',
-            operation="plan",
-            hint="Write http://HOST/PATH or https://HOST/PATH.",
-        )
-    host = f"[{host}]" if ":" in host else host
-    origin = f"{parts.scheme}://{host}" + (f":{port}" if port else "")
-    address = origin + (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    authorization = ""
-    if parts.username is not None:
-        secret = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
-        authorization = "Basic " + base64.b64encode(secret).decode()
-    return origin, address, authorization
 
 
 def _redirected(url: str, address: str, reply: Reply, shown: str) -> str:
@@ -221,7 +255,7 @@ def _redirected(url: str, address: str, reply: Reply, shown: str) -> str:
     scheme = urlsplit(target).scheme
     if not reply.header("location") or scheme not in ("http", "https"):
         raise StoreError("the server redirects to nowhere", operation="open", url=shown, http=reply.status)
-    if url.startswith("https:") and scheme != "https":
+    if SCHEMES[urlsplit(url).scheme] == "https" and scheme != "https":
         raise StoreError(
             "the server redirects from https to http",
             operation="open",
@@ -229,7 +263,7 @@ def _redirected(url: str, address: str, reply: Reply, shown: str) -> str:
             hint="Name the http:// address yourself if that is what you want.",
         )
     before, after = urlsplit(url), urlsplit(target)
-    if before.username is not None and (before.scheme, before.hostname, before.port) == (
+    if before.username is not None and (SCHEMES[before.scheme], before.hostname, before.port) == (
         after.scheme,
         after.hostname,
         after.port,

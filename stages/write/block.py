@@ -190,11 +190,15 @@ class BlockWriter:
             in_flight=_IN_FLIGHT,
             limit=self._limit,
             journal=self._journal,
-            make_durable=self._target.flush,
+            make_durable=self._make_durable,
             clear=None if self._target.reads_zero else self._target.zero,
         )
         size = await driver.store(inlet)
         await outlet.send(StoredImage(self._target.uri, size, self._open_reader, self._fetch_receipt))
+
+    async def _make_durable(self) -> bool:
+        await self._target.flush()
+        return True
 
     @property
     def partial_uri(self) -> str:

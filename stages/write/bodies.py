@@ -227,6 +227,11 @@ class StreamedBody:
         self._live.discard()
         self._live.end(ImageEnded())
 
+    def finish(self) -> None:
+        """No other byte comes, and nobody announced a length: the attempt under way ends here, whole."""
+        self._length = self._fed
+        self._live.end()
+
     def shorten(self) -> None:
         """Make the part as long as the image turned out to be; all of it is replayed from now on."""
         self._live.discard()

@@ -608,9 +608,8 @@ async def abort_upload(upload: PartUpload, context: StageContext, cause: BaseExc
         else:
             context.emit(UploadRemoved(uri=upload.uri, how="aborted"))
             return
-    after = f"{cause}; and " if isinstance(cause, Exception) and str(cause) else ""  # a cancellation has no words
     raise LeftBehindError(
-        f"{after}removing what was stored failed: {failure}",
+        f"removing what was stored failed: {failure}",
         cause=cause,
         commands=upload.leftovers(),
         uri=upload.uri,

@@ -196,12 +196,13 @@ class FileWriter:
         """Full length, on stable storage, and out of the page cache so that verification reads the medium."""
         await in_thread(self._context.threads, lambda: self._seal(size))
 
-    async def _make_durable(self) -> None:
+    async def _make_durable(self) -> bool:
         """Bring what was written to stable storage."""
         try:
             await in_thread(self._context.threads, lambda: os.fdatasync(self._fd))
         except OSError as error:
             raise self._store_error(error, "write") from None
+        return True
 
     async def abort(self, cause: BaseException) -> None:
         """Remove the temporary file."""

@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import anyio.to_thread
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pipeline.flow.retry import Retry
     from stages.store.s3 import S3Client
     from stages.store.sftp import SftpClient
+    from stages.store.webdav import WebClient, WebFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +81,8 @@ async def place_of(url: str, *, endpoint: str = "") -> AsyncIterator[Place]:
             yield await stack.enter_async_context(_bucket(url, endpoint))
         elif scheme == "sftp":
             yield await stack.enter_async_context(_remote_folder(url))
+        elif scheme in ("http", "https", "dav", "davs"):
+            yield await stack.enter_async_context(_web_folder(url))
         elif scheme == "file":
             yield _Folder(url)
         else:
@@ -87,7 +90,7 @@ async def place_of(url: str, *, endpoint: str = "") -> AsyncIterator[Place]:
                 f"runs leave nothing behind under {scheme}: URLs",
                 operation="uploads",
                 url=url,
-                hint="A path, or a URL that begins with s3://, sftp:// or file://.",
+                hint="A path, or a URL that begins with s3://, sftp://, dav(s)://, http(s):// or file://.",
             )
 
 
@@ -191,6 +194,63 @@ class _RemoteFolder:
             parts=None,
             size=size,
             command=self._client.command("rm", path),
+            remove=remove,
+        )
+
+
+@asynccontextmanager
+async def _web_folder(url: str) -> AsyncIterator[Place]:
+    from pipeline.flow.retry import Retry, RetryPolicy
+    from pipeline.flow.stage import RealClock
+    from stages.store.http import HttpClient
+    from stages.store.web import WebAddress
+    from stages.store.webdav import WebClient
+
+    address = WebAddress.parse(url)
+    login = {"Authorization": address.authorization} if address.authorization else {}
+    retry = Retry(RetryPolicy(), clock=RealClock(), emit=lambda event: None, stage="uploads")
+    client = WebClient(HttpClient(address.origin, connections=2, on_alive=retry.alive), login, "the URL")
+    try:
+        yield _WebFolder(client, retry, address.url, scheme=urlsplit(url).scheme)
+    finally:
+        await client.close()
+
+
+class _WebFolder:
+    """A folder on a WebDAV server, or one name in it."""
+
+    def __init__(self, client: WebClient, retry: Retry, url: str, *, scheme: str) -> None:
+        self._client = client
+        self._retry = retry
+        self._scheme = scheme
+        folder, _, name = url.partition("?")[0].rpartition("/")
+        self._folder, self._name = folder + "/", unquote(name)
+
+    def now(self) -> float:
+        """This machine's clock: listings do not tell the server's."""
+        return time.time()
+
+    async def find(self) -> list[Leftover]:
+        """Temporary files. Raises StoreError: also where the server lists no folders."""
+        names = await self._retry.call("list", lambda: self._client.names(self._folder))
+        return sorted(
+            (self._leftover(name, file) for name, file in names if is_partial(name, self._name)),
+            key=lambda one: one.started,
+        )
+
+    def _leftover(self, name: str, file: WebFile) -> Leftover:
+        url = self._folder + quote(name, safe="~-._")
+
+        async def remove() -> None:
+            await self._retry.call("abort", lambda: self._client.delete(url))
+
+        return Leftover(
+            uri=f"{self._scheme}:{url.partition(':')[2]}",
+            upload_id=name,
+            started=file.modified,
+            parts=None,
+            size=file.size if file.size >= 0 else None,
+            command=self._client.command("DELETE", url),
             remove=remove,
         )
 

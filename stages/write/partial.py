@@ -6,17 +6,18 @@ import re
 
 from pipeline.flow.manifest import MANIFEST_SUFFIX
 
-_PARTIAL = re.compile(rf"\.(?P<target>.+)\.[^.]+\.[0-9a-z]+\.partial(?:{re.escape(MANIFEST_SUFFIX)})?")
+_PARTIAL = re.compile(rf"\.?(?P<target>.+)\.[^.]+\.[0-9a-z]+\.partial(?:{re.escape(MANIFEST_SUFFIX)})?")
 
 
-def partial_name(target: str, export_name: str, token: str) -> str:
+def partial_name(target: str, export_name: str, token: str, *, hidden: bool = True) -> str:
     """The temporary name of the file `target`.
 
     Args:
         token: lower-case letters and digits that no other run has: a pid where the folder is this machine's alone.
+        hidden: with a dot in front. Some web servers leave such names out of their listings, or refuse them.
     """
     export = (export_name or "export").replace("/", "-").replace(".", "-")  # no dot: or the target could not be told
-    return f".{target}.{export}.{token}.partial"
+    return f"{'.' if hidden else ''}{target}.{export}.{token}.partial"
 
 
 def is_partial(name: str, target: str = "") -> bool:

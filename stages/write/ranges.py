@@ -42,7 +42,7 @@ class RangeDriver:
         in_flight: int,
         limit: RateLimit,
         journal: UploadJournal | None = None,
-        make_durable: Callable[[], Awaitable[None]] | None = None,
+        make_durable: Callable[[], Awaitable[bool]] | None = None,
         clear: Callable[[int, int], Awaitable[None]] | None = None,
     ) -> None:
         """Prepare it; nothing is written before `store`.
@@ -51,7 +51,8 @@ class RangeDriver:
             staging: where pieces are packed; borrowed. Has at least two buffers.
             in_flight: batches being written at once.
             journal: notes how far the file is durable; says where the first piece comes.
-            make_durable: brings what was written to stable storage; wanted with a journal.
+            make_durable: brings what was written to stable storage, or says False where the target can't: then
+                nothing is noted, and nothing can be gone on with. Wanted with a journal.
             clear: makes `length` bytes at an image offset zero, where what is never written is not zero already.
         """
         self._upload = upload
@@ -125,14 +126,15 @@ class RangeDriver:
             yield
             tasks.cancel_scope.cancel()
 
-    async def _mark(self, journal: UploadJournal, make_durable: Callable[[], Awaitable[None]]) -> None:
+    async def _mark(self, journal: UploadJournal, make_durable: Callable[[], Awaitable[bool]]) -> None:
         clock = self._context.clock
         pause = _MARK_EVERY_S
         while self._is_ascending:
             await clock.sleep(pause)
             reached, begun = self._settled(), clock.now()
             if reached > journal.mark:
-                await make_durable()
+                if not await make_durable():
+                    return
                 journal.note_mark(reached)
             pause = max(_MARK_EVERY_S, _MARK_SHARE * (clock.now() - begun))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -463,6 +464,16 @@ async def open_reader(
         yield reader
 
 
+async def find_head_minimum(options: Options) -> Callable[[int], int]:
+    """How long a head has to be to be a part of its own in this store."""
+    from stages.store.s3 import limits_at
+    from stages.store.s3_signing import look_around
+    from stages.write.parts import head_minimum
+
+    limits = limits_at(options.endpoint or (await look_around()).endpoint)
+    return partial(head_minimum, limits)
+
+
 SPEC = StageSpec(
     name="write.s3",
     summary="Write the image to an S3-compatible store: multipart, the head last, checksums on every part.",
@@ -472,6 +483,7 @@ SPEC = StageSpec(
     build=S3Writer,
     sink=HEAD_LAST_SINK,
     resumable=True,
+    head_minimum=find_head_minimum,
     schemes=("s3",),
     open_reader=open_reader,
 )

@@ -150,7 +150,9 @@ class S3Upload:
     # ---- parts -----------------------------------------------------------------------------------------------------
 
     async def open(self) -> str:
-        """CreateMultipartUpload. Raises StoreError."""
+        """CreateMultipartUpload; once, however often it is called. Raises StoreError."""
+        if self._upload_id:
+            return self._upload_id
         headers = {"Content-Type": "application/octet-stream"}
         if Algorithm.CRC64NVME in self._algorithms:
             headers |= {"x-amz-checksum-algorithm": "CRC64NVME", "x-amz-checksum-type": "FULL_OBJECT"}

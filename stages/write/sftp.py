@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 import shlex
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,16 @@ from pipeline.flow.items import Piece, RangeReader, Receipt, StoredImage
 from pipeline.flow.manifest import MANIFEST_SUFFIX
 from pipeline.flow.orders import SPARSE_SINK, Order
 from pipeline.flow.pacing import RateLimit
-from pipeline.flow.stage import STORED_IMAGE, SinkPlan, SinkRequest, StageContext, StageSpec, option, pieces
+from pipeline.flow.stage import (
+    STORED_IMAGE,
+    SinkPlan,
+    SinkRequest,
+    StageContext,
+    StageSpec,
+    UploadJournal,
+    option,
+    pieces,
+)
 from pipeline.units import MiB, Size, format_size
 from stages.write.partial import partial_name
 from stages.write.ranges import RangeDriver
@@ -53,16 +62,24 @@ class Options:
         doc="Where the image goes: sftp://USER@HOST[:PORT]/PATH/NAME; /~/NAME begins at the login's folder.",
         example='"sftp://backup@nas.example.com/images/web01.qcow2"',
     )
-    overwrite: bool = option(False, doc="Replace an image that is there already, at the end and in one step.")
-    identity_files: tuple[Path, ...] = option((), doc="Private keys to log in with; else the usual ones in ~/.ssh.")
-    passphrase: Secret | None = option(None, doc='Of the private keys, as { env = "NAME" }.')
-    password: Secret | None = option(None, doc='Log in with a password, as { env = "NAME" }.')
-    agent: bool = option(True, doc="Also log in with the keys of the agent that SSH_AUTH_SOCK names.")
-    known_hosts: Path | None = option(
-        None, doc="Host keys to trust, instead of those in ~/.ssh/known_hosts. An unknown server is always refused."
+    overwrite: bool = option(
+        False, doc="Replace an image that is there already, at the end and in one step.", may_change=True
     )
-    attempts: int = option(6, doc="How often a request is sent when the server or the line fails for a moment.")
-    rate_limit: Size | None = option(None, doc='Send at most this much a second, as in "40 MiB".')
+    identity_files: tuple[Path, ...] = option(
+        (), doc="Private keys to log in with; else the usual ones in ~/.ssh.", may_change=True
+    )
+    passphrase: Secret | None = option(None, doc='Of the private keys, as { env = "NAME" }.', may_change=True)
+    password: Secret | None = option(None, doc='Log in with a password, as { env = "NAME" }.', may_change=True)
+    agent: bool = option(True, doc="Also log in with the keys of the agent that SSH_AUTH_SOCK names.", may_change=True)
+    known_hosts: Path | None = option(
+        None,
+        doc="Host keys to trust, instead of those in ~/.ssh/known_hosts. An unknown server is always refused.",
+        may_change=True,
+    )
+    attempts: int = option(
+        6, doc="How often a request is sent when the server or the line fails for a moment.", may_change=True
+    )
+    rate_limit: Size | None = option(None, doc='Send at most this much a second, as in "40 MiB".', may_change=True)
 
 
 class SftpWriter:
@@ -83,6 +100,8 @@ class SftpWriter:
         self._retry_policy = retry_policy
         self._limit = RateLimit(context.clock, options.rate_limit)
         self._staging = Pool(_STAGING, _STAGINGS)
+        self._journal = context.journal
+        self._goes_on = False  # with a file that an earlier process began
         self._found: SftpClient | None = None
         self._path = ""
         self._partial = ""
@@ -97,8 +116,31 @@ class SftpWriter:
 
     async def plan(self, request: SinkRequest) -> SinkPlan:
         """Log in, and look at folder, target and free space. Raises PlanError or StoreError."""
+        self._connect()
+        self._name_partial()
+        before = self._path.removesuffix(self._path.rpartition("/")[2])
+        folder = before.rstrip("/") or before or "."
+        try:
+            resume_at = await self._go_on(self._journal) if self._journal is not None and self._journal.upload else 0
+            free = await self._look(folder)
+        except StoreError as error:
+            if error.temporary:
+                raise
+            raise PlanError(error.message, operation="plan", hint=error.hint, **error.context) from None
+        where = self._client.where
+        room = f"{format_size(free)} in {where.at(folder)}" if free is not None else "the server does not say"
+        return SinkPlan(
+            own_bytes=_STAGING * _STAGINGS + _REQUESTS_HELD,
+            summary=(("free space", room),),
+            resume_at=resume_at,
+        )
+
+    def _connect(self) -> SftpClient:
+        """The client of the target; nothing is sent. Raises PlanError."""
         from pipeline.flow.retry import Retry, RetryPolicy
 
+        if self._found is not None:
+            return self._found
         sftp = client_library()
         options = self._options
         where = sftp.SftpUrl.parse(options.url)
@@ -113,25 +155,59 @@ class SftpWriter:
             agent=options.agent,
             known_hosts=options.known_hosts,
         )
-        await self._hang_up()
         self._found = sftp.SftpClient(where, login, retry, self._patience)
         self._path = where.path
-        name = where.path.rpartition("/")[2]
-        before = where.path.removesuffix(name)
-        folder = before.rstrip("/") or before or "."
-        # A random part: pids of different machines meet on a server.
-        self._partial = before + partial_name(name, self._context.export_name, secrets.token_hex(4))
-        try:
-            free = await self._look(folder)
-        except StoreError as error:
-            if error.temporary:
-                raise
-            raise PlanError(error.message, operation="plan", hint=error.hint, **error.context) from None
-        room = f"{format_size(free)} in {where.at(folder)}" if free is not None else "the server does not say"
-        return SinkPlan(
-            own_bytes=_STAGING * _STAGINGS + _REQUESTS_HELD,
-            summary=(("free space", room),),
-        )
+        return self._found
+
+    def _name_partial(self) -> None:
+        # The journal's id: every process of an export writes the same file. Else a random part: pids of different
+        # machines meet on a server.
+        token = self._journal.id if self._journal is not None else secrets.token_hex(4)
+        name = self._path.rpartition("/")[2]
+        self._partial = self._path.removesuffix(name) + partial_name(name, self._context.export_name, token)
+
+    async def _go_on(self, journal: UploadJournal) -> int:
+        """Find the file that an earlier process wrote, and take it over or remove it; returns how far it is durable.
+
+        Raises:
+            StoreError: it can't be removed, or not be given its temporary name back.
+        """
+        client, upload = self._client, journal.upload
+        await self._take_name_back(upload)
+        await client.remove(self._partial + MANIFEST_SUFFIX)
+        found = await client.state(self._partial)
+        if found is None:
+            reason = "the file that was begun is not there any more"
+        elif journal.discards:
+            reason = "what was written before has been removed"
+        elif not journal.mark:
+            reason = "nothing of it was durable"
+        elif found.size < upload.get("written", 0):
+            reason = f"the server lost what it had made durable: {found.size} of {upload['written']} bytes are there"
+        else:
+            self._goes_on = True
+            return journal.mark
+        await client.remove(self._partial)  # nobody else's has the id of our journal in its name
+        journal.begin_anew(reason)
+        self._name_partial()
+        return 0
+
+    async def _take_name_back(self, upload: Mapping[str, Any]) -> None:
+        """Undo a renaming that was not followed by the manifest, which is what publishes an image."""
+        client = self._client
+        if not upload.get("renaming"):
+            return
+        there = await client.state(self._path)
+        if there is None or {"size": there.size, "modified": there.modified} != upload["renaming"]:
+            return
+        if await client.state(self._partial) is not None:
+            await client.remove(self._path)  # a second name of the same file: the server renames by a hard link
+        elif not await client.rename(self._path, self._partial, replace=False):
+            raise StoreError(
+                "the finished image can't be given its temporary name back",
+                operation="resume",
+                uri=client.where.at(self._path),
+            )
 
     async def _look(self, folder: str) -> int | None:
         client = self._client
@@ -171,7 +247,15 @@ class SftpWriter:
             StoreError: the server failed for good; the temporary file is gone.
             LeftBehindError: it failed, and the file may be left.
         """
-        driver = RangeDriver(self, self._context, staging=self._staging, in_flight=_IN_FLIGHT, limit=self._limit)
+        driver = RangeDriver(
+            self,
+            self._context,
+            staging=self._staging,
+            in_flight=_IN_FLIGHT,
+            limit=self._limit,
+            journal=self._journal,
+            make_durable=self._make_durable,
+        )
         size = await driver.store(inlet)
         await outlet.send(StoredImage(str(self._client.where), size, self._open_reader, self._fetch_receipt))
 
@@ -191,6 +275,15 @@ class SftpWriter:
         self._file = sftp.RemoteFile(self._client, self._partial, sftp.READ | sftp.WRITE)
         self._file.reopened = self._check_reopened
         self._made[self._partial] = None  # before the answer: it may have to be removed
+        journal = self._journal
+        if journal is not None and self._goes_on:
+            self._reached = journal.start.position
+            journal.note_mark(self._reached)
+            self._note(written=0)
+            # What lies behind is written again, except for zeros, which are left out.
+            await self._file.resize(self._reached)
+            return
+        self._note()  # first: a file that nobody knows of would stay
         try:
             await self._file.create()
         except sftp.SftpError as error:
@@ -199,6 +292,18 @@ class SftpWriter:
                 f"the image file can't be made: {error.message}", operation="create", hint=error.hint, **error.context
             ) from None
         await self._probe()
+
+    def _note(self, **state: Any) -> None:
+        if self._journal is not None:
+            self._journal.note_upload({"commands": [self._client.command("rm", self._partial)], **state})
+
+    async def _make_durable(self) -> bool:
+        """Bring what was acknowledged to stable storage; False where the server can't."""
+        written = self._reached
+        if self._in_order or not await self._opened_file().flush():
+            return False
+        self._note(written=written)
+        return True
 
     async def _probe(self) -> None:
         """Write behind the end and then before it, as an image with holes or a late head would be."""
@@ -221,7 +326,8 @@ class SftpWriter:
             self._context.emit(
                 FallbackTaken(
                     stage=self._context.name,
-                    what="every byte in order, zeros too",
+                    what="every byte in order, zeros too"
+                    + ("; a killed run can't be resumed" if self._journal is not None else ""),
                     reason=f"the server takes writes in order only ({error.message})",
                 )
             )
@@ -290,6 +396,7 @@ class SftpWriter:
                 expected=size,
                 got=found.size if found else None,
             )
+        self._note(written=size)
 
     async def abort(self, cause: BaseException) -> None:
         """Remove the temporary file, shielded, within ABORT_DEADLINE_S. Raises LeftBehindError."""
@@ -315,11 +422,26 @@ class SftpWriter:
             raise StoreError("the stored image is gone", operation="receipt", uri=str(self._client.where))
         yield Receipt(found.size, note="SFTP has no checksums of files")
 
+    async def fetch_manifest(self) -> bytes | None:
+        """The manifest that stands beside the target; None where there is none. Raises StoreError."""
+        client = self._connect()
+        path = self._path + MANIFEST_SUFFIX
+        found = await client.state(path)
+        if found is None or found.is_folder:
+            return None
+        async with client_library().reading(client, path) as reader:
+            manifest: bytes = await reader.read(0, reader.size)
+        return manifest
+
     async def publish(self, manifest: bytes) -> str:
         """Rename the image into place, then write the manifest. Raises StoreError when somebody took the name."""
         sftp = client_library()
+        before = await self._client.state(self._partial)
+        renaming = {"size": before.size, "modified": before.modified} if before is not None else {}
+        self._note(written=self._reached, renaming=renaming)
         await self._move(self._partial, self._path)
         self._is_published = True
+        self._note(written=self._reached, renaming=renaming, commands=[self._client.command("rm", self._path)])
         partial, path = self._partial + MANIFEST_SUFFIX, self._path + MANIFEST_SUFFIX
         file = sftp.RemoteFile(self._client, partial, sftp.READ | sftp.WRITE)
         self._made[partial] = None
@@ -371,7 +493,7 @@ class SftpWriter:
             except StoreError as error:
                 failure = str(error)
         raise LeftBehindError(
-            f"{cause or 'the image was withdrawn'}; and removing what was stored failed: {failure}",
+            f"removing what was stored failed: {failure}",
             cause=cause or StoreError(failure),
             commands=tuple(
                 command
@@ -435,6 +557,7 @@ SPEC = StageSpec(
     gives=STORED_IMAGE,
     build=SftpWriter,
     sink=SPARSE_SINK,
+    resumable=True,
     schemes=("sftp",),
     open_reader=open_reader,
 )

@@ -73,7 +73,7 @@ class PartUpload(Protocol):
         ...
 
     async def open(self) -> str:
-        """Make the upload in the store; returns its id there. Raises StoreError."""
+        """Make the upload in the store; returns its id there. Called again it is the same one. Raises StoreError."""
         ...
 
     async def put_part(self, number: int, body: Body) -> StoredPart:

@@ -212,7 +212,7 @@ def test_raw_disk_that_begins_like_qcow2_stays_raw_when_declared(convert: Conver
 def test_what_was_guessed_is_told(convert: Convert, sources: dict[str, Path]) -> None:
     said = convert(sources["raw"], "made.qcow2", "--print-config")
     assert "taken for raw" in said.err
-    assert 'use  = "read.disk"' in said.out
+    assert 'use    = "read.disk"' in said.out
     assert "taken for" not in convert("-f", "raw", sources["raw"], "made.qcow2", "--print-config").err
 
 
@@ -251,5 +251,5 @@ def test_every_fault_is_told_at_once(convert: Convert) -> None:
 def test_names_with_quotes_and_line_ends_stay_names(tmp_path: Path) -> None:
     asked = Conversion(source='a"\n[[stage]]\nuse = "x', target='b"c.raw', is_disk=True)
     document = tomllib.loads(conversion_text(asked, CATALOG))
-    assert document["stage"][0] == {"use": "read.disk", "path": asked.source}
+    assert document["stage"][0] == {"use": "read.disk", "path": asked.source, "blocks": "all"}
     assert document["stage"][4]["path"] == asked.target

@@ -66,7 +66,7 @@ memory = "96 Mb per day"
 [observe]
 log_level = "loud"
 
-[target]
+[cloud]
 profile = "tencent"
 
 [[stage]]
@@ -99,9 +99,9 @@ export.toml:3:10: memory: "96 Mb per day" is not a size; write for example "4 Mi
 export.toml:6:13: log_level: "loud" is not one of "debug", "info", "warning", "error"
     6 | log_level = "loud"
       |             ^^^^^^
-export.toml:8:2: unknown section [target]
-    8 | [target]
-      |  ^^^^^^ known are export, observe, stage
+export.toml:8:2: unknown section [cloud]
+    8 | [cloud]
+      |  ^^^^^ known are export, target, observe, stage
 export.toml:12:7: missing option "path" for read.disk
    12 | use = "read.disk"
       |       ^^^^^^^^^^^ add path = "/dev/sda"

@@ -112,7 +112,7 @@ def test_ports_are_those_of_the_role(spec: StageSpec) -> None:
 def test_source_has_either_load_or_fetch(spec: StageSpec) -> None:
     """What the engine calls to fill a buffer; with both it would be unclear which."""
     assert hasattr(spec.build, "load") != hasattr(spec.build, "fetch")
-    assert spec.provides == (DISK_SIZE,)
+    assert spec.provides[0] == DISK_SIZE
 
 
 @each

@@ -23,9 +23,11 @@ def main(arguments: list[str]) -> int:
 
     parts.BASE_PART = 5 << 20
     resume.POINT_EVERY_S = 0.0
+    resume.POINT_SHARE = 0
     ranges._MARK_EVERY_S = 0.002
     ranges._MARK_SHARE = 0
     left = int(arguments[0])
+    _tell_writes()
 
     def armed(call: Callable[..., None]) -> Callable[..., None]:
         def counted(log: RecordLog, *given: Any, **named: Any) -> None:
@@ -46,6 +48,30 @@ def main(arguments: list[str]) -> int:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     return code or 0
+
+
+def _tell_writes() -> None:
+    """Write down every write into a file: TEST_SENT names where."""
+    path = os.environ.get("TEST_SENT")
+    if not path:
+        return
+    from stages.write.file import FileWriter
+    from stages.write.sftp import SftpWriter
+
+    told = open(path, "a", buffering=1)  # noqa: SIM115  # until the process ends, which is a kill
+
+    def telling(kind: Any) -> None:
+        write = kind.write
+
+        async def tell(self: Any, parts: Any) -> None:
+            for offset, view in parts:
+                told.write(f"{offset} {view.nbytes}\n")
+            await write(self, parts)
+
+        kind.write = tell
+
+    telling(FileWriter)
+    telling(SftpWriter)
 
 
 if __name__ == "__main__":

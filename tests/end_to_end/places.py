@@ -46,17 +46,16 @@ class Place:
         memory: str = "96 MiB",
     ) -> Path:
         """An export file to the bucket; a run that fails leaves nothing."""
-        path = write_toml(
+        return write_toml(
             self.folder / "export.toml",
-            f'read.disk; path = "{disk or self.disk}"',
+            f'read.disk; path = "{disk or self.disk}"; blocks = "all"',
             *CHAIN,
             encoder,
             f'write.s3; url = "{self.url}"' + (f"; {options}" if options else ""),
             *verifiers,
             memory=memory,
+            on_failure="abort",
         )
-        path.write_text(path.read_text().replace("[export]", '[export]\non_failure = "abort"', 1))
-        return path
 
     def nothing_is_left(self) -> bool:
         """No object, no open upload, no file but the disk and the export file."""

@@ -36,6 +36,7 @@ def bad_source(folder: Path, kind: str, *, shrinks_to: int | None = None) -> Ite
 
 
 def to_file(folder: Path, source: Path, target: Path, encoder: str = 'encode.qcow2; compression = "none"') -> Path:
+    """Export to a file; a run that fails leaves nothing."""
     return write_toml(
         folder / "export.toml",
         f'read.disk; path = "{source}"',
@@ -43,6 +44,7 @@ def to_file(folder: Path, source: Path, target: Path, encoder: str = 'encode.qco
         encoder,
         f'write.file; path = "{target}"',
         "verify.readback",
+        on_failure="abort",
     )
 
 
@@ -112,6 +114,21 @@ def test_disk_that_has_no_room_for_the_manifest_keeps_nothing(tmp_path: Path, le
         assert said.code == 1, said.err
         assert said.has("publish", "No space left on device")
         assert [path.name for path in target.iterdir()] == ["somebody's"]
+
+
+def test_disk_that_has_no_room_for_the_manifest_keeps_what_was_written_for_a_resume(
+    tmp_path: Path, letters: Path
+) -> None:
+    with mounted(tmp_path / "mnt", "tmpfs", options=f"size={64 * MiB},nr_inodes=3") as target:
+        (target / "somebody's").touch()
+        toml = to_file(tmp_path, letters, target / "disk.image")
+        said = call("run", toml, "--set", "export.on_failure=keep")
+        assert said.code == 4, said.err
+        assert said.has("No space left on device", "Resume it with", "Remove it with")
+        (target / "somebody's").unlink()
+        said = call("run", toml, "--set", "export.on_failure=keep", "--resume")
+        assert said.code == 0, said.err
+        assert sorted(path.name for path in target.iterdir()) == ["disk.image", "disk.image.manifest.json"]
 
 
 def test_disk_that_has_no_room_for_the_manifest_keeps_the_old_image(tmp_path: Path, letters: Path) -> None:

@@ -53,7 +53,7 @@ def to_file(folder: Path, disk: Path, encoder: str) -> Path:
 
 def file_toml(folder: Path, disk: Path, encoder: str) -> Path:
     target = f'write.file; path = "{folder / "disk.image"}"; overwrite = true'
-    source = f'read.disk; path = "{disk}"'
+    source = f'read.disk; path = "{disk}"; blocks = "all"'
     return write_toml(folder / "export.toml", source, *CHAIN, encoder, target, "verify.readback")
 
 

@@ -51,13 +51,13 @@ def run_with_few_parts(toml: Path, port: int, parts: int) -> tuple[int, str]:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "size, encoder",
-    [(64 * GiB, 'encode.qcow2; compression = "none"'), (4 * GiB, "encode.qcow2"), (8 * GiB, "encode.raw")],
+    "size, parts, encoder",
+    [(64 * GiB, 64, 'encode.qcow2; compression = "none"'), (2 * GiB, 12, "encode.qcow2"), (4 * GiB, 16, "encode.raw")],
 )
 def test_disk_far_larger_than_memory_travels_in_bounded_memory(
-    tmp_path: Path, sink: int, size: int, encoder: str
+    tmp_path: Path, sink: int, size: int, parts: int, encoder: str
 ) -> None:
-    """64 parts at most, so late parts are far longer than memory: streamed, and made again when they are refused."""
+    """So few parts that late ones are far longer than memory: streamed, and made again when they are refused."""
     toml = write_toml(
         tmp_path / "export.toml",
         f'read.synthetic; size = "{size // MiB} MiB"',
@@ -68,9 +68,9 @@ def test_disk_far_larger_than_memory_travels_in_bounded_memory(
         "verify.receipt",
         memory=f"{MEMORY // MiB} MiB",
     )
-    peak, told = run_with_few_parts(toml, sink, 64)
+    peak, told = run_with_few_parts(toml, sink, parts)
     assert peak <= MEMORY + BASE, f"{peak / MiB:.0f} MiB"
     manifest = Manifest.from_json((tmp_path / "disk.manifest.json").read_bytes(), where="here")
     assert manifest.state == "identical"
     assert manifest.image.size >= size
-    assert re.search("503|SlowDown", told), "no part was refused"
+    assert re.search("500|InternalError", told), "no part was refused"

@@ -41,6 +41,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts as small as S3 takes them, and a point at every window."""
     monkeypatch.setattr(parts, "BASE_PART", 5 * MiB)
     monkeypatch.setattr(resume, "POINT_EVERY_S", 0.0)
+    monkeypatch.setattr(resume, "POINT_SHARE", 0)
     monkeypatch.setattr(ranges, "_MARK_EVERY_S", 0.001)
     monkeypatch.setattr(ranges, "_MARK_SHARE", 0)
 

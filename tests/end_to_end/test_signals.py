@@ -151,6 +151,7 @@ async def test_signal_while_a_file_is_written_is_all_or_nothing(tmp_path: Path, 
         "encode.qcow2",
         f'write.file; path = "{target}"',
         "verify.readback",
+        on_failure="abort",
     )
 
     def strike(program: Running) -> None:

@@ -55,6 +55,7 @@ def take(journal: RunJournal, guest_offset: int, position: int, recorder: MapRec
 @pytest.fixture(autouse=True)
 def _every_point(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resume, "POINT_EVERY_S", 0.0)
+    monkeypatch.setattr(resume, "POINT_SHARE", 0)
 
 
 def test_low_water_is_the_end_of_the_parts_without_a_gap(tmp_path: Path) -> None:

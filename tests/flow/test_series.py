@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import FormatError
-from pipeline.events import FallbackTaken, PartReplayed, ProgressSampled, RetryScheduled
+from pipeline.events import EventStream, FallbackTaken, PartReplayed, ProgressSampled, RetryScheduled
 from pipeline.flow.manifest import Manifest
 from pipeline.flow.meter import StageMeter
 from pipeline.flow.series import MARKS_MAX, SAMPLES_MAX, Series, SeriesRecorder
@@ -30,6 +30,17 @@ def sampled(number: int) -> ProgressSampled:
         stored_bytes=number * MiB,
         waits={"read.disk": (number / 8, 0.0, 0.0, number / 4)},
     )
+
+
+def test_a_fallback_that_planning_took_is_on_record() -> None:
+    events, recorder = EventStream(), SeriesRecorder()
+    events.emit(FallbackTaken(stage="read.disk", what="reading without O_DIRECT", reason="not supported here"))
+    events.emit(sampled(1))
+    events.subscribe(recorder, with_fallbacks=True)
+    events.emit(sampled(2))
+    series = recorder.series()
+    assert [(mark.stage, mark.kind) for mark in series.marks] == [("read.disk", "fallback")]
+    assert len(series.elapsed_s) == 1
 
 
 @pytest.mark.parametrize("count", [1, 2, 299, 300, 301, 599, 600, 12_345])

@@ -16,6 +16,7 @@ from pipeline.events import (
     FallbackTaken,
     ImageSealed,
     ImageVerified,
+    MapProgressed,
     PartStored,
     RetryScheduled,
     RunPlanned,
@@ -94,6 +95,23 @@ def test_a_verification_is_a_line_at_each_quarter() -> None:
         ]
     )
     assert [line.split()[-1] for line in written] == ["0.0%", "25.0%", "50.0%", "75.0%", "100.0%", "identical"]
+
+
+def test_the_map_pass_before_the_run_is_a_line_at_each_quarter() -> None:
+    written = lines([*(MapProgressed(done_bytes=done, total_bytes=8) for done in range(9)), PLANNED])
+    assert written[:5] == [f"map of the disk: {share:5.1f}%" for share in (0, 25, 50, 75, 100)]
+
+
+def test_the_map_pass_has_a_bar_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    terminal = Terminal()
+    display = LiveDisplay(terminal)
+    for event in (MapProgressed(done_bytes=5 * GiB, total_bytes=20 * GiB), PLANNED, sample(0, 0)):
+        display(event)
+    display.close()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    assert "map of the disk" in shown
+    assert "25.0% 5 GiB of 20 GiB" in shown
 
 
 def test_the_rate_is_that_of_the_last_ten_seconds() -> None:

@@ -15,7 +15,7 @@ from pipeline.events import Event, ImageOpened
 from pipeline.flow.items import Block, Content, Why, tiles
 from pipeline.flow.stage import SourceInfo, make_load
 from pipeline.units import KiB, MiB
-from stages.read.image import SPEC, ImageReader, Options
+from stages.read.image import ImageReader, Options
 from tests.chains import export, write_toml
 from tests.decode.images import mixed_disk, run
 from tests.decode.made import made_gce, made_ova
@@ -290,7 +290,3 @@ async def test_fetching_ends_at_once_when_it_is_cancelled(tmp_path: Path, monkey
     assert scope.cancelled_caught
     await source.close()
     await source.close()
-
-
-def test_web_addresses_are_read_by_this_stage() -> None:
-    assert SPEC.schemes == ("http", "https")

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.stores.nginx import Nginx, WebServer
 from tests.stores.openssh import OpenSsh, SftpServer
 from tests.stores.process import ProcessIdentity, end_run, run_folder, sweep, this_process
 from tests.stores.s3 import S3Server, StoreProcess
@@ -94,6 +95,23 @@ def sftp_server() -> SftpServer:
 def own_openssh() -> Iterator[OpenSsh]:
     """An OpenSSH that the test has for itself."""
     with OpenSsh() as store:
+        yield store
+
+
+@pytest.fixture(scope="session")
+def web_server() -> WebServer:
+    """The session's nginx; a test takes names of its own in it."""
+    folder = run_folder(_session()) / "nginx"
+    folder.mkdir(exist_ok=True)
+    store = Nginx(folder, owner=_session())
+    store.start()
+    return store.server
+
+
+@pytest.fixture
+def own_nginx() -> Iterator[Nginx]:
+    """An nginx that the test has for itself."""
+    with Nginx() as store:
         yield store
 
 

@@ -115,9 +115,10 @@ class Handler(BaseHTTPRequestHandler):
         with kept.lock:
             kept.attempts[number] = kept.attempts.get(number, 0) + 1
             longest = max((known for known, _ in kept.parts.values()), default=0)
-            # The first part of each new length fails once, after all of its bytes: the longest is among them.
+            # The first part of each new length fails once, after all of its bytes: the longest is among them. Not with
+            # 503: that would slow the whole run down, and this is about memory.
             if kept.fail_longest and length > longest and kept.attempts[number] == 1 and len(kept.parts) > 2:
-                self._answer(503, b"<Error><Code>SlowDown</Code><Message>again</Message></Error>")
+                self._answer(500, b"<Error><Code>InternalError</Code><Message>again</Message></Error>")
                 return
             kept.parts[number] = (length, crc)
         self._answer(200, ETag=f'"{number}"', x_amz_checksum_crc64nvme=_text(crc))

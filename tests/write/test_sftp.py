@@ -5,31 +5,44 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import anyio
 import anyio.to_thread
 import asyncssh
 import pytest
 
+from pipeline.config.continuing import Attempt, Mode
 from pipeline.config.options import Secret
-from pipeline.errors import LeftBehindError, PlanError, StoreError, VerificationError
-from pipeline.events import Event, FallbackTaken, ProgressSampled, RetryScheduled, UploadRemoved
+from pipeline.errors import AlreadyFinished, KeptError, LeftBehindError, PlanError, StoreError, VerificationError
+from pipeline.events import (
+    Event,
+    FallbackTaken,
+    ProgressSampled,
+    RetryScheduled,
+    RunResumed,
+    UploadKept,
+    UploadRemoved,
+)
+from pipeline.flow import resume
 from pipeline.flow.engine import Outcome
 from pipeline.flow.orders import Order
 from pipeline.flow.retry import Retry, RetryPolicy
 from pipeline.flow.stage import Clock, RealClock, SinkRequest
 from pipeline.units import KiB, MiB
-from stages.store.sftp import Login, Patience, SftpClient, SftpUrl, connected
+from stages.store.sftp import Login, Patience, Session, SftpClient, SftpUrl, connected
+from stages.write import ranges
 from stages.write.sftp import Options, SftpWriter
 from tests.chains import export, write_toml
 from tests.disks.letters import write_disk
 from tests.stores.link import Link, Network
 from tests.stores.openssh import OpenSsh, SftpServer
-from tests.stores.process import free_ports, fresh_folder
+from tests.stores.process import free_ports
 from tests.write.images import Collected, Image, QuickClock, make_context, mixed
 
 ENCODERS = ["encode.raw", "encode.qcow2", 'encode.qcow2; compression = "none"']
@@ -512,7 +525,9 @@ def small_server(tmp_path: Path) -> Iterator[OpenSsh]:
     """A server whose clients are locked into a 24 MiB ext4."""
     if os.geteuid() != 0:
         pytest.skip("mounting needs root")
-    image, mount = tmp_path / "small.ext4", fresh_folder("chroot")  # not below /tmp: sshd wants every folder root's
+    # Not below /tmp, where the checkout may be too: sshd wants every folder above to be root's alone.
+    image, mount = tmp_path / "small.ext4", Path(tempfile.mkdtemp(prefix="chroot-", dir="/run"))
+    mount.chmod(0o755)
     with open(image, "wb") as file:
         file.truncate(24 * MiB)
     subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
@@ -649,3 +664,217 @@ def test_a_command_for_a_strange_name_is_quoted_for_both_shells() -> None:
     client = SftpClient(SftpUrl.parse("sftp://me@host:2222/x"), Login(identity_files=(Path("k y"),)), retry)
     command = client.command("rm", "a \"b' c")
     assert command == """echo 'rm "a \\"b'"'"' c"' | sftp -b - -P 2222 -i 'k y' me@host"""
+
+
+# ---- going on in another process -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _marks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resume, "POINT_EVERY_S", 0.0)
+    monkeypatch.setattr(resume, "POINT_SHARE", 0)
+    monkeypatch.setattr(ranges, "_MARK_EVERY_S", 0.001)
+    monkeypatch.setattr(ranges, "_MARK_SHARE", 0)
+
+
+async def stop_behind(target: Target, position: int, toml: Path) -> None:
+    """Run the export and cancel it when so much of the image is durable."""
+    real = resume.RunJournal.note_mark
+    with anyio.CancelScope() as scope, pytest.MonkeyPatch.context() as patched:
+
+        def mark(journal: resume.RunJournal, reached: int) -> None:
+            real(journal, reached)
+            if reached >= position:
+                scope.cancel()
+
+        patched.setattr(resume.RunJournal, "note_mark", mark)
+        await export(toml, attempt=Attempt())
+    assert scope.cancelled_caught
+
+
+def fallbacks(target: Target) -> list[str]:
+    return [f"{event.what}: {event.reason}" for event in target.events if isinstance(event, FallbackTaken)]
+
+
+RESUME = Attempt(mode=Mode.RESUME)
+
+
+@pytest.mark.usefixtures("_marks_often")
+@pytest.mark.parametrize("encoder", ["encode.raw", "encode.qcow2"])
+async def test_a_cancelled_export_is_gone_on_with(target: Target, encoder: str) -> None:
+    write_disk(target.tmp / "disk", "ABCDEFGHIJKLMNOP--Q0RST", MiB, 512)
+    toml = target.toml("verify.readback", encoder=encoder)
+    await stop_behind(target, 20 * MiB, toml)  # behind holes that nothing was written for
+    assert [name.endswith(".partial") for name in target.left] == [True]
+    outcome = await export(toml, attempt=RESUME, events=target.events)
+    assert outcome.state == "identical"
+    [resumed] = [event for event in target.events if isinstance(event, RunResumed)]
+    assert resumed.image_bytes >= 15 * MiB
+    assert target.left == [target.name, f"{target.name}.manifest.json"]
+
+
+@pytest.mark.usefixtures("_marks_often")
+async def test_a_finished_export_is_not_sent_again(target: Target) -> None:
+    write_disk(target.tmp / "disk", "AB", MiB)
+    toml = target.toml("verify.readback")
+    await export(toml, attempt=Attempt())
+    with pytest.raises(AlreadyFinished):
+        await export(toml, attempt=RESUME)
+
+
+@pytest.mark.usefixtures("_marks_often")
+async def test_a_file_that_the_server_lost_a_part_of_is_begun_anew(target: Target) -> None:
+    write_disk(target.tmp / "disk", "ABCDEFGHIJKLMNOP", MiB)
+    toml = target.toml("verify.readback")
+    await stop_behind(target, 4 * MiB, toml)
+    os.truncate(target.server.data / target.left[0], MiB)
+    assert (await export(toml, attempt=RESUME, events=target.events)).state == "identical"
+    assert "the server lost what it had made durable: 1048576 of " in fallbacks(target)[0]
+    assert target.left == [target.name, f"{target.name}.manifest.json"]
+
+
+@pytest.mark.usefixtures("_marks_often")
+async def test_discard_removes_the_file_that_was_begun(target: Target) -> None:
+    write_disk(target.tmp / "disk", "ABCDEFGHIJKLMNOP", MiB)
+    toml = target.toml("verify.readback")
+    await stop_behind(target, 4 * MiB, toml)
+    await export(toml, attempt=Attempt(mode=Mode.DISCARD), events=target.events)
+    assert fallbacks(target) == ["the export starts anew: what was written before has been removed"]
+    assert target.left == [target.name, f"{target.name}.manifest.json"]
+
+
+@pytest.mark.usefixtures("_marks_often")
+async def test_the_command_that_a_kept_run_tells_removes_the_file(target: Target) -> None:
+    write_disk(target.tmp / "disk", "ABCDEFGHIJKLMNOP", MiB)
+    toml = target.toml("verify.readback")
+    events: list[Event] = []
+    with anyio.CancelScope() as scope, pytest.MonkeyPatch.context() as patched:
+        real = resume.RunJournal.note_mark
+
+        def mark(journal: resume.RunJournal, reached: int) -> None:
+            real(journal, reached)
+            if reached > MiB:
+                scope.cancel()
+
+        patched.setattr(resume.RunJournal, "note_mark", mark)
+        await export(toml, attempt=Attempt(), events=events)
+    [kept] = [event for event in events if isinstance(event, UploadKept)]
+    assert len(kept.remove) == 2
+    for command in kept.remove:
+        subprocess.run(command, shell=True, check=True, capture_output=True)
+    assert target.left == []
+
+
+@pytest.mark.usefixtures("_marks_often")
+async def test_an_image_that_was_renamed_and_not_published_is_taken_back(target: Target) -> None:
+    """The server failed between the two renamings; nothing is sent again."""
+    write_disk(target.tmp / "disk", "ABCDEFGH", MiB)
+    toml = target.toml("verify.readback")
+    real = SftpWriter._move
+
+    async def fails(writer: SftpWriter, source: str, to: str) -> None:
+        if to.endswith(".json"):
+            raise StoreError("the line broke", operation="publish")
+        await real(writer, source, to)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(SftpWriter, "_move", fails)
+        with pytest.raises(KeptError):
+            await export(toml, attempt=Attempt())
+    assert target.name in target.left
+    outcome = await export(toml, attempt=RESUME, events=target.events)
+    assert outcome.state == "identical"
+    [resumed] = [event for event in target.events if isinstance(event, RunResumed)]
+    assert resumed.image_bytes == 8 * MiB
+    assert target.left == [target.name, f"{target.name}.manifest.json"]
+
+
+@pytest.mark.usefixtures("_marks_often")
+async def test_a_name_that_somebody_took_meanwhile_is_left_alone_by_a_resume(target: Target) -> None:
+    write_disk(target.tmp / "disk", "ABCDEFGHIJKLMNOP", MiB)
+    toml = target.toml("verify.readback")
+    await stop_behind(target, 4 * MiB, toml)
+    target.path.write_text("precious")
+    with pytest.raises(PlanError, match="target exists"):
+        await export(toml, attempt=RESUME)
+    assert target.path.read_text() == "precious"
+
+
+@pytest.mark.usefixtures("_marks_often")
+async def test_where_writes_come_in_order_nothing_is_kept_and_that_is_told(target: Target) -> None:
+    write_disk(target.tmp / "disk", "ABCDEFGH", MiB)
+    async with in_order_server(target):
+        toml = target.toml(options='identity_files = []; password = { env = "SFTP_PASSWORD" }')
+        toml.write_text(toml.read_text().replace(f'identity_files = ["{target.server.identity}"]\n', ""))
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setenv("SFTP_PASSWORD", "open sesame")
+            await export(toml, attempt=Attempt(), events=target.events)
+    assert "a killed run can't be resumed" in fallbacks(target)[0]
+    assert target.left == [target.name, f"{target.name}.manifest.json"]
+
+
+class _Connection:
+    def abort(self) -> None:
+        raise AssertionError("the connection was given up")
+
+
+async def test_a_long_flush_does_not_make_the_writes_behind_it_look_lost(target: Target) -> None:
+    """Servers answer in turn: nothing comes while the file is brought to the medium."""
+    login, patience = Login(), Patience(progress_s=0.02, flush_s=60)
+    retry = Retry(RetryPolicy(), clock=RealClock(), emit=target.events.append, stage="sftp")
+    client = SftpClient(SftpUrl.parse(target.url), login, retry, patience)
+    session, answer = Session(_Connection(), None), anyio.Event()  # type: ignore[arg-type]  # neither is asked
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(client.request, session, "write", answer.wait)
+            tasks.start_soon(lambda: client.request(session, "flush", answer.wait, patience_s=60))
+            with anyio.move_on_after(0.1):
+                await anyio.Event().wait()
+            tasks.start_soon(client.request, session, "write", answer.wait)
+            with anyio.move_on_after(0.1):
+                await anyio.Event().wait()
+            answer.set()
+    assert not session.lost
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_marks_often")
+@pytest.mark.parametrize("how", ["killed", "blackhole", "refuse"])
+async def test_a_server_that_was_away_for_long_is_no_loss(
+    own_openssh: OpenSsh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: Literal["killed", "blackhole", "refuse"]
+) -> None:
+    """Longer than any patience: the run ends, and another process goes on when the server is back."""
+    real = SftpWriter.__init__
+
+    def hasty(writer: SftpWriter, *given: object, **named: object) -> None:
+        policy = RetryPolicy(attempts=2, deadline_s=3)
+        real(writer, *given, patience=Patience(connect_s=1, login_s=5, progress_s=1), retry_policy=policy)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SftpWriter, "__init__", hasty)
+    async with Link(own_openssh.server.port, Network()) as link:
+        known = own_openssh.server.knows(link.port, tmp_path / "known")
+        target = Target(own_openssh.server, tmp_path, port=link.port, known_hosts=known)
+        write_disk(tmp_path / "disk", "ABCDEFGHIJKLMNOPQRSTUVWXYZ" * 2, MiB)
+        toml = target.toml("verify.readback")
+        real_mark = resume.RunJournal.note_mark
+        marks: list[int] = []
+
+        def mark(journal: resume.RunJournal, reached: int) -> None:
+            real_mark(journal, reached)
+            marks.append(reached)
+            if reached > 8 * MiB and len(marks) < 100:
+                marks.extend([reached] * 100)
+                own_openssh.kill() if how == "killed" else link.cut(how)
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(resume.RunJournal, "note_mark", mark)
+            with anyio.fail_after(60), pytest.raises(KeptError):
+                await export(toml, attempt=Attempt())
+        if how == "killed":
+            await anyio.to_thread.run_sync(own_openssh.restart)
+        link.mend()
+        outcome = await export(toml, attempt=RESUME, events=target.events)
+    assert outcome.state == "identical"
+    [resumed] = [event for event in target.events if isinstance(event, RunResumed)]
+    assert resumed.image_bytes > 8 * MiB
+    assert target.left == [target.name, f"{target.name}.manifest.json"]

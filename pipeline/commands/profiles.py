@@ -1,0 +1,106 @@
+"""`pipeline profiles`: what each target takes, where that was read, and the command that imports the image there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline.commands.candidates import profiles
+from pipeline.commands.console import Console, verb
+from pipeline.units import format_size
+
+if TYPE_CHECKING:
+    from stages.preflight.profile import Profile
+
+
+@click.command("profiles")
+@click.argument("name", required=False, metavar="[NAME|FILE]", shell_complete=profiles)
+@click.option("--url", default="URL", help="Of the finished object, for the import command.")
+@verb
+def command(console: Console, name: str | None, url: str) -> int:
+    """List the targets, or say all about one: limits, formats, sources, and how the provider imports the object."""
+    from stages.preflight.profile import find_profile, names
+
+    if name is None:
+        found = [find_profile(one) for one in names()]
+        width = max(len(one.name) for one in found)
+        for one in found:
+            console.say(f"{one.name:<{width}}  {one.title}")
+            console.tell("profile", **_told(one, url))
+        console.say("The next step: pipeline profiles NAME, or pipeline preflight --profile NAME")
+        return 0
+    profile = find_profile(name)
+    for line in profile_lines(profile, url):
+        console.say(line)
+    console.tell("profile", **_told(profile, url))
+    return 0
+
+
+def _told(profile: Profile, url: str) -> dict[str, object]:
+    import dataclasses
+
+    from stages.preflight.importing import import_steps
+
+    return {**dataclasses.asdict(profile), "checked": profile.checked, "import": import_steps(profile, url)}
+
+
+def profile_lines(profile: Profile, url: str) -> Iterator[str]:
+    """All about a profile, for people."""
+    from stages.preflight.importing import import_steps
+
+    yield f"{profile.name}: {profile.title}"
+    facts = list(_facts(profile))
+    width = max(len(what) for what, _, _ in facts)
+    for what, value, field in facts:
+        sources = ", ".join(profile.told_by.get(field, ()))
+        yield f"  {what:<{width}}  {value}" + (f"  [{sources}]" if sources else "")
+    for note in profile.notes:
+        yield f"  note: {note}"
+    steps = import_steps(profile, url)
+    if steps:
+        yield "Import it with:"
+        for step in steps:
+            yield f"  {step}" if step.startswith("#") else f"  $ {step}"
+    yield "Sources:"
+    for key, source in profile.source.items():
+        yield f"  [{key}] {source.title}, read {source.checked}" + (f", {source.url}" if source.url else "")
+
+
+def _facts(profile: Profile) -> Iterator[tuple[str, str, str]]:
+    def listed(words: tuple[str, ...]) -> str:
+        return ", ".join(word.replace(":", " ") for word in words)
+
+    if profile.formats:
+        yield "formats", listed(profile.formats), "formats"
+    if profile.max_virtual:
+        yield "disk", f"at most {format_size(profile.max_virtual)}", "max_virtual"
+    if profile.max_file:
+        yield "image", f"at most {format_size(profile.max_file)}", "max_file"
+    yield "size", f"a multiple of {format_size(profile.align)}", "align"
+    yield "starts by", " or ".join(mode.upper() for mode in profile.boot_modes), "boot_modes"
+    for mode, tables in profile.tables.items():
+        yield f"{mode.upper()} table", " or ".join(one.upper() for one in tables), "tables"
+    for title, alternatives in (("disk driver", profile.drivers.block), ("network driver", profile.drivers.net)):
+        if alternatives:
+            yield title, " or ".join(" + ".join(one) for one in alternatives), "drivers"
+    if profile.drivers.extra:
+        yield "other drivers", listed(profile.drivers.extra), "drivers"
+    if profile.agents.any_of:
+        least = f" {profile.agents.version} or later" if profile.agents.version else ""
+        yield "agent", " or ".join(profile.agents.any_of) + least, "agents"
+    if profile.agents.datasource:
+        yield "data source", profile.agents.datasource, "agents"
+    line = profile.command_line
+    if line.wants:
+        yield "kernel line", " ".join(line.wants), "command_line"
+    if line.forbids:
+        yield "not there", " ".join(line.forbids), "command_line"
+    hardware = profile.hardware
+    names = [one for one in (hardware.disk, hardware.nic, hardware.video) if one]
+    if names:
+        yield "hardware", ", ".join(names), "hardware"
+    if profile.name_rule.max < 255 or profile.name_rule.pattern:
+        pattern = f", {profile.name_rule.pattern}" if profile.name_rule.pattern else ""
+        yield "name", f"{profile.name_rule.max} characters{pattern}", "name_rule"

@@ -1,0 +1,260 @@
+"""The same system live and in an image; the command on both; images of other formats; hostile trees."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from pipeline.__main__ import main
+from pipeline.units import GiB, MiB
+from stages.disk.live import LiveView
+from stages.preflight.findings import Finding
+from stages.preflight.opening import Wanted, open_subject
+from stages.preflight.rules import judge
+from tests.disk.making import need, needs_root, run
+from tests.preflight import systems
+from tests.preflight.disks import findings_of, subject_of, target_of
+from tests.preflight.images import write_disk, write_tree
+from tests.preflight.systems import grub_cfg
+from tests.preflight.trees import Content, Made, MadeView, changed, link
+
+# What a mounted system can't be asked, and what differs because the tree lies on another filesystem.
+MODE_MATTERS = {"fs.clean", "live.risk", "fs.free"}
+
+SPOILED: dict[str, Content] = {
+    "/etc/fstab": systems.FSTAB + "UUID=dead-beef /data ext4 defaults 0 2\n/dev/sdb1 /more xfs defaults 0 0\n",
+    "/boot/grub/grub.cfg": grub_cfg(root="/dev/sda1", arguments="quiet modprobe.blacklist=virtio_net"),
+    "/etc/shadow": Made(content=b"root:x:\n", mode=0o644),
+    "/etc/cloud/cloud-init.disabled": "",
+    "/etc/smartd.conf": "# all\n/dev/sda -a\n",
+    "/etc/network/interfaces": "auto ens192\niface ens192 inet static\n",
+    "/var/lib/dpkg/status": systems.dpkg_status("open-vm-tools"),
+}
+
+
+def call(*words: object) -> tuple[int, str, str]:
+    done = CliRunner().invoke(main, ["preflight", *map(str, words)], prog_name="pipeline")
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.stdout, done.stderr
+
+
+async def look(wanted: Wanted) -> tuple[Finding, ...]:
+    async with open_subject(wanted) as subject:
+        return await judge(subject, target_of(subject))
+
+
+def told(findings: tuple[Finding, ...]) -> list[tuple[str, str, str, str, tuple[str, ...]]]:
+    return [
+        (one.id, one.status, one.severity, one.message, tuple(map(str, one.evidence)))
+        for one in findings
+        if one.id not in MODE_MATTERS
+    ]
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> tuple[Path, Path]:
+    """A good Debian as a tree and as a disk."""
+    tree = write_tree(systems.debian_files(), tmp_path / "tree")
+    return tree, write_disk(tree, tmp_path / "disk.raw")
+
+
+@needs_root
+@pytest.mark.parametrize("changes", [{}, SPOILED], ids=["good", "spoiled"])
+async def test_a_live_tree_and_an_image_of_it_give_the_same_findings(
+    tmp_path: Path, changes: dict[str, Content]
+) -> None:
+    tree = write_tree({**systems.debian_files(), **changes}, tmp_path / "tree")
+    disk = write_disk(tree, tmp_path / "disk.raw")
+    live = await look(Wanted(place=str(disk), root=tree))
+    image = await look(Wanted(place=str(disk)))
+    assert told(live) == told(image)
+    blocked = {one.id for one in image if one.blocks}
+    assert bool(blocked) == bool(changes)
+    if changes:
+        assert {"fs.fstab.foreign", "boot.root_uuid", "drv.virtio.blacklist", "agent.cloudinit.enabled"} <= blocked
+
+
+@needs_root
+def test_the_command_says_ready_and_exits_0(good: tuple[Path, Path]) -> None:
+    _, disk = good
+    code, out, err = call(disk, "--profile", "tencent")
+    assert (code, err) == (0, "")
+    assert "Debian GNU/Linux 12" in out
+    assert out.rstrip().endswith("ready, with 1 warnings"), "a small disk has little room"
+    assert "fs.free" in out
+    code, out, _ = call(disk, "--profile", "tencent", "--all")
+    assert "drv.virtio.initramfs" in out
+
+
+@needs_root
+@pytest.mark.parametrize("format", ["qcow2", "vmdk"])
+def test_an_image_of_any_format_is_looked_into(good: tuple[Path, Path], tmp_path: Path, format: str) -> None:
+    need("qemu-img")
+    image = tmp_path / f"disk.{format}"
+    run("qemu-img", "convert", "-O", format, good[1], image)
+    assert call(image, "--profile", "tencent")[0] == 0
+
+
+@needs_root
+def test_what_blocks_exits_5_with_place_and_remedy(tmp_path: Path) -> None:
+    tree = write_tree({**systems.debian_files(), **SPOILED}, tmp_path / "tree")
+    disk = write_disk(tree, tmp_path / "disk.raw")
+    code, out, _ = call(disk, "--profile", "tencent")
+    assert code == 5
+    assert "/etc/fstab:3" in out
+    assert "$ sed -i '3s#" in out
+    assert "BLOCKED" in out
+    code, out, _ = call(disk, "--profile", "tencent", "--json")
+    assert code == 5
+    objects = [json.loads(line) for line in out.splitlines()]
+    finding = next(one for one in objects if one.get("id") == "fs.fstab.foreign" and one["status"] == "fail")
+    assert finding["type"] == "finding"
+    assert finding["severity"] == "block"
+    assert finding["evidence"] == [{"file": "/etc/fstab", "line": 3}]
+    assert objects[-1]["type"] == "preflight"
+    assert objects[-1]["verdict"] == "blocked"
+    ids = sorted({one["id"] for one in objects if one["type"] == "finding" and one["severity"] == "block"
+                  and one["status"] == "fail"})  # fmt: skip
+    code, out, _ = call(disk, "--profile", "tencent", *(word for id in ids for word in ("--ignore", id)))
+    assert code == 0
+    assert "Ignored by you" in out
+
+
+@needs_root
+def test_the_script_holds_every_remedy_and_is_a_shell_script(tmp_path: Path) -> None:
+    tree = write_tree({**systems.debian_files(), **SPOILED}, tmp_path / "tree")
+    script = tmp_path / "fix.sh"
+    code, out, _ = call("--root", tree, "--profile", "tencent", "--fix-script", script)
+    assert code == 5
+    assert "Read it" in out
+    text = script.read_text()
+    assert not os.access(script, os.X_OK)
+    subprocess.run(["sh", "-n", script], check=True)
+    assert "apt-get purge -y open-vm-tools" in text
+    assert "rm /etc/cloud/cloud-init.disabled" in text
+    assert "# block: agent.cloudinit.enabled" in text
+    code, _, err = call("--root", tree, "--fix-script", script)
+    assert code == 2
+    assert "never replaced" in err
+
+
+def test_explain_tells_what_a_rule_is_about() -> None:
+    code, out, _ = call("--explain", "boot.resume")
+    assert code == 0
+    assert "resume" in out
+    code, out, _ = call("--explain", "all")
+    assert "drv.virtio.initramfs" in out
+    code, _, err = call("--explain", "boot.resum")
+    assert code == 2
+    assert 'did you mean "boot.resume"?' in err
+    assert call("--ignore", "nothing.such")[0] == 2
+
+
+def test_a_disk_without_a_system_is_told_so(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(8 * MiB))
+    code, out, _ = call(disk, "-f", "raw")
+    assert code == 5
+    assert "layout.system" in out
+    assert call(disk, "-f", "raw", "--kind", "data")[0] == 0
+
+
+# -- hostile trees -----------------------------------------------------------------------------------------------------
+
+
+async def rules_on(view: object) -> tuple[Finding, ...]:
+    subject = await subject_of(view)  # type: ignore[arg-type]  # a View
+    return await findings_of(subject, target_of(subject))
+
+
+@needs_root
+async def test_links_devices_and_giants_are_bounded_and_never_lead_out(tmp_path: Path) -> None:
+    """Loops, links out of the root, a file that claims a gigabyte, devices, pipes: each is told, none is followed."""
+    tree = write_tree(systems.debian_files(), tmp_path / "tree")
+    outside = tmp_path / "outside"
+    outside.write_text("root:stolen:1:\n")
+    for path in ("etc/fstab", "etc/shadow", "etc/issue", "etc/default/grub", "etc/machine-id"):
+        (tree / path).unlink()
+    with (tree / "etc/fstab").open("wb") as file:
+        file.truncate(GiB)
+    (tree / "etc/shadow").symlink_to(outside)
+    (tree / "etc/issue").symlink_to("issue")
+    os.mkfifo(tree / "etc/default/grub")
+    os.mknod(tree / "etc/machine-id", 0o20666, os.makedev(1, 5))  # /dev/zero
+    (tree / "etc/loop").symlink_to("/etc/loop/loop")
+    (tree / "etc/netplan").symlink_to("../../../../../../../../etc")
+    subject = await subject_of(LiveView(tree))
+    assert subject.fstab.text.problem
+    findings = await findings_of(subject, target_of(subject))
+    by_id = {(one.id, one.status): one for one in findings}
+    assert "larger than 4 MiB" in by_id["fs.fstab.foreign", "unknown"].message
+    assert ("fs.shadow", "fail") in by_id, "a link out of the root leads nowhere"
+    assert "stolen" not in repr(findings)
+    assert ("fs.critical", "unknown") in by_id
+
+
+async def test_names_that_mean_something_to_a_shell_never_get_into_a_command() -> None:
+    nasty = "$(reboot)'; rm -rf / #"
+    view = changed(
+        MadeView(systems.debian_files()),
+        {
+            "/etc/fstab": f"UUID={nasty.replace(' ', chr(92) + '040')} / ext4 rw 0 1\n/dev/sda1;reboot /boot xfs rw\n",
+            f"/etc/modprobe.d/{nasty.replace('/', '')}.conf": "blacklist virtio_blk\n",
+            "/etc/smartd.conf": "/dev/sda`reboot`\n",
+            "/boot/grub/grub.cfg": grub_cfg(root="/dev/disk/by-id/`reboot`", arguments="resume=/dev/`reboot`"),
+            "/var/lib/dpkg/status": systems.dpkg_status("open-vm-tools;reboot"),
+        },
+    )
+    findings = await rules_on(view)
+    commands = [one.remedy for one in findings if one.is_command]
+    assert commands
+    assert not [one for one in commands if "reboot" in one]
+
+
+async def test_bytes_that_are_no_text_are_shown_and_harm_nothing() -> None:
+    view = changed(
+        MadeView(systems.debian_files()),
+        {
+            "/etc/fstab": b"UUID=\xff\xfe / ext4 rw 0 1\n\x1b[31m/dev/sda2 /srv ext4 rw 0 0\n",
+            "/etc/os-release": b"ID=\xff\n",
+        },
+    )
+    findings = await rules_on(view)
+    assert any("\\xff\\xfe" in one.message for one in findings)
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_no_content_of_any_file_breaks_a_rule(seed: int) -> None:
+    """Every file that the rules read, filled with noise: answers come back, none of them an exception."""
+    dice = random.Random(seed)
+    files = [systems.debian_files, systems.rhel_files, systems.suse_files, systems.alpine_files, systems.arch_files][
+        seed % 5
+    ]()
+    view = MadeView(files)
+    await rules_on(view)
+    read = [path for path in view.reads if path in files]
+    words = [
+        *("UUID=", "/dev/sda1", "linux", "menuentry", "{", "}", "'", '"', "\\", "root=", "[", "-", ":", "\n", "\n\n"),
+        *("\t", " ", "datasource_list:", "Section", "Driver", "iface", "auto", "\0", "\xff", "=", "#", "set default"),
+        *("${x}", "blacklist", "install", "APPEND", "Package: ", "9" * 40),
+    ]
+    for path in read:
+        noise: Content = "".join(dice.choice(words) for _ in range(dice.randrange(60)))
+        if dice.random() < 0.4:
+            real = files[path]
+            raw = bytearray(
+                real.content if isinstance(real, Made) else real.encode() if isinstance(real, str) else real or b""
+            )
+            for _ in range(dice.randrange(1, 20)):
+                if raw:
+                    raw[dice.randrange(len(raw))] = dice.randrange(256)
+            noise = bytes(raw[: dice.randrange(len(raw) + 1)])
+        await rules_on(changed(MadeView(files), {path: noise}))
+    for path in read:
+        await rules_on(changed(MadeView(files), {path: link(path)}))
