@@ -155,6 +155,9 @@ class DeviceTarget:
         except OSError as error:
             raise self._store_error(error, None) from None
 
+    def forget(self) -> None:
+        """Nothing is remembered of it."""
+
     @asynccontextmanager
     async def open_reader(self, size: int) -> AsyncIterator[RangeReader]:
         """The device itself, read-only."""

@@ -169,6 +169,11 @@ class NbdTarget:
                     hint="It was restarted meanwhile. Run the export again.",
                 )
 
+    def forget(self) -> None:
+        """Compare nothing of it after a lost connection."""
+        self._unsure.clear()
+        self._unsure_bytes = 0
+
     @asynccontextmanager
     async def open_reader(self, size: int) -> AsyncIterator[RangeReader]:
         """What the server has, over the same connections."""
