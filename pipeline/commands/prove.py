@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from stages.prove.steps import StepResult
 
 _EXIT_CODES = {"proven": EXIT_OK, "disproven": EXIT_DIFFERS, "unknown": EXIT_FAILED}
-# Targets whose hardware differs from the usual; what a profile says of it, until profiles say so themselves.
-_VIDEO = {"tencent": "cirrus"}
 
 
 @click.command("prove")
@@ -56,6 +54,7 @@ def command(console: Console, image: str, **options: Any) -> int:
 def _asked(image: str, options: dict[str, Any]) -> Asked:
     from stages.decode.named import NamedImage
     from stages.prove.boot import Machine
+    from stages.prove.preflight import video_of
     from stages.prove.proving import Asked, parse_steps
 
     faults: list[Fault] = []
@@ -77,7 +76,7 @@ def _asked(image: str, options: dict[str, Any]) -> Asked:
         raise ConfigError(faults)
     machine: Machine = Machine(
         firmware=options["firmware"] or "bios",
-        video=_VIDEO.get(options["profile"], "cirrus"),  # type: ignore[arg-type]  # a Literal
+        video="std" if video_of(options["profile"]) not in ("", "cirrus") else "cirrus",
         memory=max(128 * MiB, memory),
         timeout_s=float(timeout),
         pattern=pattern,

@@ -23,8 +23,8 @@ from typing import Any, Final, Literal
 import anyio
 import anyio.abc
 
-from pipeline.units import KiB, MiB, format_duration, format_size
-from stages.prove.judging import LOGIN, find_symptom, plain
+from pipeline.units import GiB, KiB, MiB, format_duration, format_size
+from stages.prove.judging import HANDED_OVER, LOGIN, NO_BOOT_CODE, Symptom, find_symptom, plain
 from stages.prove.leash import leashed
 from stages.prove.screen import is_blank, is_text_mode, png_of, text_of
 from stages.prove.steps import StepResult
@@ -46,11 +46,15 @@ _OVMF: Final = (
 # What QEMU itself needs beside the guest's memory: translated code, display, libraries. Address space, not memory.
 _QEMU_MEMORY = 3072 * MiB
 _TRANSLATIONS_MIB = 256
+# What a guest may write before its disk is full: far more than a start needs, far less than would fill ours.
+_OVERLAY_MAX = 4 * GiB
 # Kept of the serial console: its begin and its end.
 _LOG_HALF = 128 * KiB
 _LOOK_EVERY_S = 0.5
-# A screen that shows something and has not changed for so long, without a word on the serial console, will not change.
-_STILL_S = 45.0
+# A screen that has not changed for so long in the end, without a word on the serial console, stands still.
+_STILL_S = 10.0
+# Boot code that neither says nor reads anything for so long never will; from a far store a read takes seconds.
+_DEAD_S = 20.0
 # More restarts than this are a circle.
 _RESETS_MAX = 4
 # A failure is given this long to say more: the panic behind "unable to mount root".
@@ -83,7 +87,7 @@ class _Seen:
 
     Attributes:
         head, tail: of the serial console; `lost` bytes between them were not kept.
-        changed_at: when the screen last changed; seconds of the clock.
+        changed_at, read_at: when the screen last changed, and the disk was last read; seconds of the clock.
     """
 
     head: str = ""
@@ -92,6 +96,8 @@ class _Seen:
     picture: bytes = b""
     letters: str = ""
     changed_at: float = 0.0
+    read_bytes: int = 0
+    read_at: float = 0.0
     resets: int = 0
     ended: str = ""
     heard: anyio.Event = field(default_factory=anyio.Event)
@@ -210,10 +216,10 @@ async def _watch(guest: _Guest, machine: Machine, seen: _Seen) -> _Decision:
                 found.append(("failed", f"it restarts again and again ({seen.resets} times)", "", ()))
             elif seen.ended:
                 found.append(_ended(seen, guest))
+            elif _is_dead(seen, guest, now):
+                found.append(_failed(seen, (NO_BOOT_CODE, "Booting from Hard Disk...")))
             elif now >= ends:
                 found.append(_late(seen, machine, now))
-            elif _is_still(seen, now):
-                found.append(_still(seen, now))
         tasks.cancel_scope.cancel()
     return found[0]
 
@@ -226,11 +232,19 @@ def _came_up(seen: _Seen, pattern: re.Pattern[str] | None) -> str:
     return repr(seen.text[start : match.end()].strip()[-80:])
 
 
-def _failed(seen: _Seen) -> _Decision:
-    found = find_symptom(seen.text)
+def _is_dead(seen: _Seen, guest: _Guest, now: float) -> bool:
+    """Whether the boot code neither says nor reads anything."""
+    if guest.server.read_bytes != seen.read_bytes:
+        seen.read_bytes, seen.read_at = guest.server.read_bytes, now
+    quiet_s = now - max(seen.changed_at, seen.read_at)
+    return quiet_s >= _DEAD_S and not seen.log.strip() and HANDED_OVER.search(seen.letters) is not None
+
+
+def _failed(seen: _Seen, found: tuple[Symptom, str] | None = None) -> _Decision:
+    found = found or find_symptom(seen.text)
     assert found is not None, "asked only when there is one"
     symptom, line = found
-    details = (f"it said: {line}",) + ((f"preflight looks at this: {symptom.rule}",) if symptom.rule else ())
+    details = (f"it said: {line}",) + ((f"preflight looks for the cause: {symptom.rule}",) if symptom.rule else ())
     return "failed", symptom.reason, "", details
 
 
@@ -241,6 +255,8 @@ def _ended(seen: _Seen, guest: _Guest) -> _Decision:
 
 
 def _late(seen: _Seen, machine: Machine, now: float) -> _Decision:
+    if not seen.log.strip() and seen.picture and not is_blank(seen.picture) and now - seen.changed_at >= _STILL_S:
+        return _still(now - seen.changed_at)
     wait = format_duration(machine.timeout_s)
     last = next((line for line in reversed(plain(seen.log).splitlines()) if line.strip()), "")
     said = f'its last words were "{last.strip()[:100]}"' if last else "it said nothing on its serial console"
@@ -248,18 +264,11 @@ def _late(seen: _Seen, machine: Machine, now: float) -> _Decision:
     return "unknown", f"nothing decisive within {wait}; {said}", hint, ()
 
 
-def _is_still(seen: _Seen, now: float) -> bool:
-    return (
-        bool(seen.picture) and not seen.log.strip() and now - seen.changed_at >= _STILL_S and not is_blank(seen.picture)
-    )
-
-
-def _still(seen: _Seen, now: float) -> _Decision:
-    still = format_duration(now - seen.changed_at)
+def _still(still_s: float) -> _Decision:
     return (
         "unknown",
-        f"judged by its screen alone: it shows something, and has not changed for {still}",
-        "It says nothing on its serial console (console=ttyS0) and shows no text: look at the screenshot.",
+        f"judged by its screen alone: it shows something, and has not changed for {format_duration(still_s)}",
+        "It says nothing on its serial console (console=ttyS0) that means anything: look at the screenshot.",
         (),
     )
 
@@ -312,7 +321,8 @@ class _Guest:
             if is_text_mode(picture):
                 dump = await self._order("human-monitor-command", seen, **{"command-line": "xp /2000hx 0xb8000"})
                 letters = text_of(str(dump))
-            if picture != seen.picture:
+            # In text mode a blinking cursor changes the picture, and not the letters.
+            if letters != seen.letters or (not letters and picture != seen.picture):
                 seen.changed_at = time.monotonic()
             seen.picture, seen.letters = picture or seen.picture, letters
         except (anyio.EndOfStream, anyio.ClosedResourceError, anyio.BrokenResourceError, TimeoutError):
@@ -351,7 +361,7 @@ class _Guest:
 async def _running(disk: ServedDisk, machine: Machine, problems: list[str]) -> AsyncIterator[_Guest]:
     """A machine that runs while inside, with the disk served to it, on an overlay that goes with it."""
     user = _nobody()
-    layer = open_layer(disk, None)
+    layer = open_layer(disk, None, limit=_OVERLAY_MAX)
     folder = Path(tempfile.mkdtemp(prefix="pipeline-boot-"))
     try:
         server = NbdServer(layer, on_problem=problems.append)

@@ -31,6 +31,8 @@ _PATH: Final = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 _FUSE: Final = "nbdfuse"
 _START_S = 20.0
 _CHECK_MEMORY = 8 * GiB
+# What replaying a journal may write.
+_OVERLAY_MAX = 4 * GiB
 _SAID_MAX = 20_000
 
 
@@ -180,7 +182,7 @@ async def _run(checker: Checker, path: Path) -> Checked:
 @asynccontextmanager
 async def _as_file(part: ServedDisk) -> AsyncIterator[Path]:
     """The disk as a file that may be written, on an overlay that is gone afterwards."""
-    layer = open_layer(part, None)
+    layer = open_layer(part, None, limit=_OVERLAY_MAX)
     folder = Path(tempfile.mkdtemp(prefix="pipeline-check-"))
     place = folder / "mnt"
     place.mkdir()

@@ -14,7 +14,7 @@ class Symptom:
     Attributes:
         pattern: searched in what serial console and screen say.
         reason: what it means.
-        rule: what of the preflight rules looks for the cause; empty where none does.
+        rule: ids of the preflight rules that look for the cause; empty where none does.
     """
 
     pattern: re.Pattern[str]
@@ -31,29 +31,29 @@ SYMPTOMS: Final = (
     _symptom(
         r"ALERT!\s+\S+ does not exist|Gave up waiting for root (file system )?device",
         "the initramfs did not find the root filesystem: a driver is missing in it, or root= names a disk that is not",
-        "the initramfs has the target's disk drivers; root= and fstab name filesystems by UUID",
+        "drv.virtio.initramfs, boot.root_exists, boot.root_uuid",
     ),
     _symptom(
         r"dracut-initqueue(\[\d+\])?: Warning: .*timeout|Warning: /dev/\S+ does not exist|dracut:/?#",
         "dracut waited in vain for the root filesystem: a driver is missing in the initramfs, or root= names a disk "
         "that is not",
-        "the initramfs has the target's disk drivers; root= and fstab name filesystems by UUID",
+        "drv.virtio.initramfs, boot.root_exists, boot.root_uuid",
     ),
     _symptom(
         r"Dependency failed for .*Local File Systems",
         "a filesystem of /etc/fstab is not there",
-        "every filesystem of fstab is on the image",
+        "fs.fstab.foreign, fs.fstab.devname",
     ),
     _symptom(
         r"You are in (rescue|emergency) mode|Entering emergency mode|Reached target .*Emergency Mode"
         r"|Cannot open access to console, the root account is locked|Give root password for maintenance",
         "it ended in emergency mode: often a filesystem of /etc/fstab that is not there, or is damaged",
-        "every filesystem of fstab is on the image",
+        "fs.fstab.foreign, fs.fstab.devname",
     ),
     _symptom(
         r"VFS: (Unable to mount root fs|Cannot open root device)",
         "the kernel could not mount its root filesystem: no initramfs, or one without the driver",
-        "the initramfs is there and has the target's disk drivers",
+        "drv.virtio.initramfs, boot.root_exists",
     ),
     _symptom(r"No working init found|Attempted to kill init", "there is no usable init on the root filesystem"),
     _symptom(r"Kernel panic", "the kernel panicked"),
@@ -61,22 +61,29 @@ SYMPTOMS: Final = (
     _symptom(
         r"grub rescue>",
         "GRUB did not find its files",
-        "the boot loader is complete and finds its files by UUID",
+        "boot.loader, layout.closure",
     ),
     _symptom(
         r"Loading \S+\.\.\. ?failed|Could not find kernel image|error: you need to load the kernel first",
         "the boot loader could not load the kernel",
-        "the boot loader's configuration names kernels that are there",
+        "boot.loader",
     ),
     _symptom(
         r"No bootable device|not a bootable disk|could not read the boot disk|Missing operating system"
         r"|Operating system not found|No bootable option or device was found|UEFI Interactive Shell",
         "the firmware found nothing to boot",
-        "the disk has a boot loader for the boot mode",
+        "boot.loader, boot.firmware, boot.efi.fallback",
     ),
 )
+# What a BIOS says last, before the first sector's code has its turn.
+HANDED_OVER: Final = re.compile(r"Booting from Hard Disk\.\.\.\s*\Z")
+NO_BOOT_CODE: Final = _symptom(
+    HANDED_OVER.pattern,
+    "the firmware started the disk's boot code, and that did nothing: it was wiped, or is broken",
+    "boot.loader",
+)
 LOGIN: Final = re.compile(r"(?<!last )\blogin:", re.IGNORECASE)
-_CONTROLS = re.compile(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|\][^\x07]*\x07|[()][0-9A-B]|[=>78cDEHM])|[\x00-\x08\x0b-\x1f\x7f]")
+_CONTROLS = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07]*\x07|[()][0-9A-B]|[=>78cDEHM])|[\x00-\x08\x0b-\x1f\x7f]")
 
 
 def plain(text: str) -> str:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
+from pipeline.config.options import without_secrets
 from pipeline.errors import FormatError, PipelineError
 from pipeline.flow.items import RangeReader
 from pipeline.units import format_size
@@ -15,13 +16,10 @@ from stages.decode.refusal import UnsupportedError
 from stages.prove.boot import Firmware, Machine, try_boot
 from stages.prove.digest import check_digest
 from stages.prove.filesystems import DiskReader, check_filesystems
+from stages.prove.preflight import check_preflight
 from stages.prove.steps import STEPS, Proof, StepName, StepResult, conclude
 from stages.prove.structure import check_structure
 from stages.serve.opening import OpenedDisk, open_disk
-
-# What the preflight rules say of a disk: its guest bytes and the name of a target profile, empty for none. Given by the
-# command, so that a proof knows no rules.
-Preflight = Callable[[RangeReader, str], Awaitable[StepResult]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +30,6 @@ class Asked:
         manifest: path or URL of it; empty: beside the image.
         profile: name of a target; empty: none, and preflight only informs.
         machine: what is booted; None: whatever boots the disk has.
-        preflight: None where there are no rules.
     """
 
     image: NamedImage
@@ -41,7 +38,6 @@ class Asked:
     skip: frozenset[StepName] = frozenset()
     machine: Machine = field(default_factory=Machine)
     firmware_is_told: bool = False
-    preflight: Preflight | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,9 +150,13 @@ def steps_over(
             return await check_digest(plain.reader, image.place, image.endpoint, asked.manifest)
 
     async def preflight() -> StepResult:
-        if asked.preflight is None:
-            return StepResult(name="preflight", state="skipped", summary="skipped: not available")
-        result = await asked.preflight(DiskReader(disk), asked.profile)
+        result = await check_preflight(
+            DiskReader(disk),
+            asked.profile,
+            place=without_secrets(image.place),
+            format=files.format,
+            file_size=opened.counter.size,
+        )
         if not asked.profile and result.state in ("failed", "unknown"):
             return dataclasses.replace(result, state="informs")
         return result

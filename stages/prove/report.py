@@ -97,7 +97,7 @@ def page(report: ProofReport) -> str:
         "</header>",
         _figures(report),
         *(_section(one) for one in report.steps),
-        f'<p class="soft small">disk-pipeline {escape(__version__)}</p>',
+        f'<p class="soft small" style="margin-top:16px">disk-pipeline {escape(__version__)}</p>',
     ]
     title = escape(f"{word}: {place}")
     return (
@@ -129,7 +129,7 @@ def _section(step: StepResult) -> str:
     tone, word = _WORDS[step.state]
     lines = [
         f'<div class="step"><h2>{step.name}</h2><span class="tag {tone}">{word}</span>'
-        f'<span class="soft small">{escape(format_duration(step.elapsed_s))}</span></div>',
+        f'<span class="soft small">{escape(format_duration(step.elapsed_s)) if step.elapsed_s else ""}</span></div>',
         f"<p>{escape(step.summary)}</p>",
     ]
     if step.hint:

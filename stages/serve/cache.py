@@ -7,7 +7,8 @@ waited for, not read twice. Zeros take no memory.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 
 import anyio
 import anyio.to_thread
@@ -15,7 +16,9 @@ import anyio.to_thread
 from pipeline.errors import PipelineError, StoreError
 from pipeline.units import KiB, MiB
 from stages.decode.image import DecodedImage, Extent
-from stages.serve.disk import Span
+from stages.decode.places import Placing
+from stages.decode.raw import RawImage
+from stages.serve.disk import Span, Stored
 
 # The smallest read. A compressed cluster is as long; a larger page makes a booting guest read what it never asks for.
 PAGE = 64 * KiB
@@ -24,6 +27,8 @@ RUN_MAX = MiB
 CACHE = 64 * MiB
 _LOADS = 8
 _STREAMS = 32
+# More pieces than these in one answer are put together here, in fewer calls.
+_PLACES_MAX = 32
 
 
 class _Run:
@@ -52,12 +57,23 @@ class CachedImage:
 
     can_write = False
 
-    def __init__(self, image: DecodedImage, *, capacity: int = CACHE) -> None:
+    def __init__(
+        self,
+        image: DecodedImage,
+        *,
+        capacity: int = CACHE,
+        fd: int | None = None,
+        on_sent: Callable[[int], None] = lambda count: None,
+    ) -> None:
         """Prepare it; nothing is read.
 
         Args:
             capacity: bytes kept. What answers under way hold comes on top.
+            fd: of the local file that is the image, where it is one; borrowed.
+            on_sent: told how many bytes of that file the kernel sends by itself.
         """
+        self.fd = fd if isinstance(image, Placing) else None
+        self._on_sent = on_sent
         self._image = image
         self._capacity = capacity
         self._pages: dict[int, _Run] = {}
@@ -92,6 +108,28 @@ class CachedImage:
             spans.append(Span(count, run.data[start : start + count] if run.data is not None else None))
             position += count
         return spans
+
+    async def locate(self, offset: int, length: int) -> Sequence[Stored] | None:
+        """As the image's tables say, where nothing of it is packed."""
+        if isinstance(self._image, RawImage):
+            self._on_sent(length)
+            return (Stored(length, offset),)
+        if not isinstance(self._image, Placing):
+            return None
+        found: list[Stored] = []
+        position, end = offset, offset + length
+        async with aclosing(self._image.places(offset, length)) as places:  # type: ignore[type-var]  # a generator
+            async for place in places:
+                if place.kind == "packed" or (place.kind == "data" and place.at is None) or len(found) > _PLACES_MAX:
+                    return None
+                if place.offset > position:
+                    found.append(Stored(place.offset - position, None))
+                found.append(Stored(place.length, place.at if place.kind == "data" else None))
+                position = place.end
+        if position < end:
+            found.append(Stored(end - position, None))
+        self._on_sent(sum(one.length for one in found if one.at is not None))
+        return found
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Never: the image is only read."""

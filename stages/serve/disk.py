@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from stages.decode.image import Extent
 
@@ -54,4 +54,28 @@ class ServedDisk(Protocol):
 
     async def flush(self) -> None:
         """What was written survives the process. Raises StoreError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Neighbouring bytes that lie in a file as they are, at `at`; None: they are zero."""
+
+    length: int
+    at: int | None
+
+
+@runtime_checkable
+class InFile(Protocol):
+    """A disk of which a local file holds much as it is, so that the kernel can send it without us.
+
+    Attributes:
+        fd: of the file, borrowed; None where there is none.
+    """
+
+    @property
+    def fd(self) -> int | None: ...
+
+    async def locate(self, offset: int, length: int) -> Sequence[Stored] | None:
+        """What tiles the range; None where not all of it lies there as it is. Raises as `ServedDisk.read`."""
         ...

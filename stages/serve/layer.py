@@ -56,8 +56,9 @@ class Layer:
 
     can_write = True
 
-    def __init__(self, below: ServedDisk, fd: int, path: Path | None) -> None:
+    def __init__(self, below: ServedDisk, fd: int, path: Path | None, limit: int | None) -> None:
         """Take over an open file; see `open_layer`."""
+        self._left = limit
         self._below = below
         self._fd = fd
         self._path = path
@@ -94,6 +95,7 @@ class Layer:
         async with self._writing:
             end = offset + data.nbytes
             first, last = offset // GRAIN, -(-end // GRAIN)
+            self._take_room(first, last)
             head = await self._edge(first * GRAIN, offset)
             tail_end = min(last * GRAIN, self.size)
             tail = await self._edge(end, tail_end)
@@ -167,6 +169,17 @@ class Layer:
         if start < end:
             yield start, end, kind
 
+    def _take_room(self, first: int, last: int) -> None:
+        """Raises StoreError where the file would become longer than it may."""
+        if self._left is None:
+            return
+        fresh = sum(grain not in self._ours or grain in self._zero for grain in range(first, last)) * GRAIN
+        if fresh > self._left:
+            raise StoreError(
+                "the overlay is as large as it may become", operation="overlay", status=errno.ENOSPC, left=self._left
+            )
+        self._left -= fresh
+
     async def _edge(self, start: int, stop: int) -> bytes:
         """What a grain holds beside the bytes that are written."""
         if start >= stop:
@@ -200,11 +213,12 @@ class Layer:
         )
 
 
-def open_layer(below: ServedDisk, path: Path | None) -> Layer:
+def open_layer(below: ServedDisk, path: Path | None, *, limit: int | None = None) -> Layer:
     """Open or make a layer's file.
 
     Args:
         path: None: a file without a name, gone when it is closed.
+        limit: bytes that may be written into it, in whole grains; then the disk is full for its clients.
     Raises:
         PlanError: it is there and none of this disk, or can't be made.
     """
@@ -212,12 +226,12 @@ def open_layer(below: ServedDisk, path: Path | None) -> Layer:
         if path is None:
             fd, name = tempfile.mkstemp(prefix="pipeline-overlay-")
             os.unlink(name)
-            return Layer(below, fd, None)
+            return Layer(below, fd, None, limit)
         is_new = not path.exists()
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if is_new else 0), 0o600)
     except OSError as error:
         raise PlanError(f"the overlay can't be opened: {error.strerror}", operation="open overlay", path=path) from None
-    layer = Layer(below, fd, path)
+    layer = Layer(below, fd, path, limit)
     try:
         if not is_new:
             layer.load()

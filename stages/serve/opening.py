@@ -10,6 +10,10 @@ from pipeline.flow.items import RangeReader
 from stages.decode.image import DecodedImage, HoleAware
 from stages.decode.named import NamedImage, OpenedFiles, open_files
 from stages.serve.cache import CACHE, CachedImage
+from stages.store.file import FileReader
+
+# Formats whose tables name offsets of the file itself; an archive's are those of its member.
+_IN_FILE = ("raw", "qcow2", "vhd", "vmdk", "vhdx")
 
 
 class CountedReader:
@@ -28,9 +32,13 @@ class CountedReader:
     async def read(self, offset: int, length: int) -> bytes:
         """As wrapped."""
         data = await self._reader.read(offset, length)
-        self.reads += 1
-        self.read_bytes += len(data)
+        self.count(len(data))
         return data
+
+    def count(self, length: int) -> None:
+        """So many bytes were read at once."""
+        self.reads += 1
+        self.read_bytes += length
 
 
 class _CountedHoles(CountedReader):
@@ -79,4 +87,8 @@ async def open_disk(named: NamedImage, *, cache: int = CACHE) -> AsyncIterator[O
         counter = counted(opened.reader)
         files = replace(opened, reader=counter)
         image = await files.open_image()
-        yield OpenedDisk(files=files, image=image, disk=CachedImage(image, capacity=cache), counter=counter)
+        # A local file that is the image itself: its bytes need not come through this process.
+        is_plain = files.format in _IN_FILE and not (files.extents or files.backing)
+        fd = opened.reader.fileno() if is_plain and isinstance(opened.reader, FileReader) else None
+        disk = CachedImage(image, capacity=cache, fd=fd, on_sent=counter.count)
+        yield OpenedDisk(files=files, image=image, disk=disk, counter=counter)

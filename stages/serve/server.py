@@ -12,24 +12,28 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import anyio
 import anyio.abc
+import anyio.to_thread
 
 from pipeline.errors import PipelineError, PlanError, StoreError
 from pipeline.units import KiB
 from stages.serve.cache import RUN_MAX
-from stages.serve.disk import ServedDisk, Span
+from stages.serve.disk import InFile, ServedDisk, Span
 from stages.store import nbd_wire as wire
 from stages.store.nbd_channel import Channel, ChannelClosed
 
 # One piece of an answer or of a write: a request may be 32 times as long, and is worked on piece by piece.
 PIECE_MAX = RUN_MAX
 _WRITE_PIECE = 256 * KiB
+# Shorter reads go through the cache: a thread costs more than it saves.
+_STORED_MIN = 64 * KiB
 # Extents in one answer; a client asks again for what follows.
 _EXTENTS = 4096
 _OPTIONS_MAX = 200
@@ -48,7 +52,7 @@ class Limits:
     """
 
     connections: int = 16
-    requests: int = 8
+    requests: int = 16
     handshake_s: float = 15.0
     progress_s: float = 60.0
 
@@ -79,8 +83,11 @@ class NbdServer:
         self.served = 0
         self.read_bytes = 0
         self.written_bytes = 0
+        # A thread for each connection: a client that takes nothing keeps its own waiting, and nobody else's.
+        self.senders = anyio.CapacityLimiter(self.limits.connections)
         self._on_problem = on_problem
         self._told: set[str] = set()
+        self._channels: set[Channel] = set()
 
     @property
     def info(self) -> wire.ExportInfo:
@@ -102,7 +109,7 @@ class NbdServer:
         """Take clients until this is cancelled; then all of them are hung up on. Owns the listening socket."""
         with listener:
             listener.setblocking(False)
-            async with anyio.create_task_group() as tasks:
+            async with anyio.create_task_group() as tasks, self._hanging_up():
                 while True:
                     try:
                         peer, _ = listener.accept()
@@ -121,8 +128,18 @@ class NbdServer:
                     self.clients += 1
                     tasks.start_soon(self._welcome, Channel(peer))
 
+    @asynccontextmanager
+    async def _hanging_up(self) -> AsyncIterator[None]:
+        """At the end every client is hung up on, so that no thread waits for one."""
+        try:
+            yield
+        finally:
+            for channel in self._channels:
+                channel.shut_down()
+
     async def _welcome(self, channel: Channel) -> None:
         self.served += 1
+        self._channels.add(channel)
         try:
             await _Session(self, channel).run()
         except ChannelClosed:
@@ -133,6 +150,7 @@ class NbdServer:
             self.tell(f"a client broke the protocol, and was hung up on: {error}")
         finally:
             self.clients -= 1
+            self._channels.discard(channel)
             channel.close()
 
 
@@ -157,6 +175,9 @@ class _Session:
         self._is_structured = False
         self._context_for: str | None = None  # the export for which base:allocation was chosen
         self._tells_status = False
+        self._outbox: list[tuple[bytes, int, int]] = []  # as `Channel.send_stored` takes them
+        self._queued = 0  # requests that they answer
+        self._has_queued = anyio.Event()
 
     async def run(self) -> None:
         """Raises ChannelClosed, TimeoutError or NbdProtocolError when the client goes, sleeps or lies."""
@@ -165,7 +186,12 @@ class _Session:
         if is_agreed:
             try:
                 async with anyio.create_task_group() as tasks:
-                    await self._take_requests(tasks)
+                    tasks.start_soon(self._send_outbox)
+                    try:
+                        await self._take_requests(tasks)
+                    finally:
+                        self._channel.shut_down()  # a thread may wait for a client that is gone
+                        tasks.cancel_scope.cancel()
             except BaseExceptionGroup as group:
                 # One answer that could not be sent, or the client's own end: the first says why.
                 raise _first(group) from None
@@ -276,7 +302,8 @@ class _Session:
                 return
             if request.command == wire.Command.READ:
                 await self._room.acquire()
-                tasks.start_soon(self._read, request)
+                if not await self._queue_stored(request):
+                    tasks.start_soon(self._read, request)
                 continue
             try:
                 if request.command == wire.Command.WRITE:
@@ -328,7 +355,8 @@ class _Session:
         try:
             try:
                 self._check(request)
-                if self._is_structured and not request.flags & wire.DF and request.length:
+                is_cut = self._is_structured and not request.flags & wire.DF and request.length > 0
+                if is_cut:
                     await self._send_chunks(request)
                 else:
                     await self._send_whole(request)
@@ -337,6 +365,52 @@ class _Session:
             self._server.read_bytes += request.length
         finally:
             self._room.release()
+
+    async def _queue_stored(self, request: wire.Request) -> bool:
+        """Let the kernel send what lies in a local file as it is; False where it does not, or something is wrong."""
+        disk = self._disk
+        if not isinstance(disk, InFile) or disk.fd is None or not self._is_structured:
+            return False
+        end = request.offset + request.length
+        if not _STORED_MIN <= request.length <= wire.PAYLOAD_MAX or end > disk.size or request.flags & ~wire.FUA:
+            return False
+        try:
+            located = await disk.locate(request.offset, request.length)
+        except PipelineError:
+            return False  # reading it says what is wrong
+        if located is None:
+            return False
+        offset = request.offset
+        for one in located:
+            is_last = offset + one.length == end
+            if one.at is None:
+                head = wire.pack_chunk(request.handle, wire.Chunk.OFFSET_HOLE, wire.HOLE.size, done=is_last)
+                self._outbox.append((head + wire.HOLE.pack(offset, one.length), 0, 0))
+            else:
+                length = wire.OFFSET.size + one.length
+                head = wire.pack_chunk(request.handle, wire.Chunk.OFFSET_DATA, length, done=is_last)
+                self._outbox.append((head + wire.OFFSET.pack(offset), one.at, one.length))
+            offset += one.length
+        self._queued += 1
+        self._server.read_bytes += request.length
+        self._has_queued.set()
+        return True
+
+    async def _send_outbox(self) -> None:
+        """Send what is queued, all of it in one thread call: a call for each answer costs as much as its bytes."""
+        disk = self._disk
+        fd = disk.fd if isinstance(disk, InFile) else None
+        if fd is None:
+            return
+        while True:
+            await self._has_queued.wait()
+            self._has_queued = anyio.Event()
+            pieces, queued, self._outbox, self._queued = self._outbox, self._queued, [], 0
+            send = partial(self._channel.send_stored, fd, pieces, patience_s=self._limits.progress_s)
+            async with self._sending:
+                await anyio.to_thread.run_sync(send, limiter=self._server.senders)
+            for _ in range(queued):
+                self._room.release()
 
     async def _send_chunks(self, request: wire.Request) -> None:
         """Every piece as it comes, zeros without their bytes."""

@@ -23,6 +23,10 @@ class FileReader:
         self._fd = fd
         self.size = size
 
+    def fileno(self) -> int:
+        """The descriptor, borrowed; reading only."""
+        return self._fd
+
     async def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes.
 
@@ -66,6 +70,10 @@ class FileReader:
             return range(start, min(self.size, os.lseek(self._fd, start, os.SEEK_HOLE)))
         except OSError as error:
             if error.errno == errno.ENXIO:
+                # Behind the last data; but a file that was cut meanwhile has no hole there, it has nothing.
+                end = os.lseek(self._fd, 0, os.SEEK_END)
+                if end < self.size:
+                    raise self._cut_short(offset, self.size - offset, max(0, end - offset)) from None
                 return None
             if error.errno in (errno.EINVAL, errno.ENOTSUP):
                 return range(offset, self.size) if offset < self.size else None

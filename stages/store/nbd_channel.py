@@ -7,9 +7,11 @@ copy it twice, which is as much work as the kernel's side of it.
 from __future__ import annotations
 
 import os
+import select
 import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -37,6 +39,8 @@ class Channel:
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        # What the kernel takes at once: with its default, every answer of 256 KiB waits for the client twice.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MiB)
         self._sock = sock
         self._ahead = memoryview(bytearray(_AHEAD))
         self._begin = self._end = 0
@@ -114,6 +118,46 @@ class Channel:
                 if view.nbytes > _TLS_RECORDS:
                     await self._send_all(self._tls.outgoing())
         await self._send_all(self._tls.outgoing())
+
+    def send_stored(self, fd: int, pieces: Sequence[tuple[bytes, int, int]], *, patience_s: float) -> None:
+        """Send messages whose bytes lie in a file, without taking them into this process. Not with TLS.
+
+        Args:
+            pieces: (what comes first, offset in the file, length there; 0 for none).
+            patience_s: how long the other side may take nothing.
+        Raises:
+            ChannelClosed: the other side is gone, takes nothing, or the file ends early.
+        Threads: one at a time, while nobody else sends. `shut_down` ends it.
+        """
+        for head, offset, length in pieces:
+            view = memoryview(head)
+            flags = socket.MSG_MORE if length else 0
+            while view.nbytes:
+                view = view[self._attempt(partial(self._sock.send, view, flags), patience_s) :]
+            while length:
+                count = self._attempt(partial(os.sendfile, self._sock.fileno(), fd, offset, length), patience_s)
+                if not count:
+                    raise ChannelClosed("the file ends early")
+                offset, length = offset + count, length - count
+
+    def _attempt(self, send: Callable[[], int], patience_s: float) -> int:
+        while True:
+            try:
+                return send()
+            except (BlockingIOError, InterruptedError):
+                waiting = select.poll()
+                waiting.register(self._sock.fileno(), select.POLLOUT)
+                if not waiting.poll(1000 * patience_s):
+                    raise ChannelClosed("the other side takes nothing") from None
+            except OSError as error:
+                raise ChannelClosed(error.strerror or str(error)) from None
+
+    def shut_down(self) -> None:
+        """Let every call that is under way fail, also in threads; `close` comes after."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
 
     def close(self) -> None:
         """Hang up; idempotent. Whoever waits on the stream gets ChannelClosed."""

@@ -71,6 +71,10 @@ class BlockTarget(Protocol):
         """Bring everything that was written to stable storage. Raises StoreError."""
         ...
 
+    def forget(self) -> None:
+        """What was written so far does not matter any more."""
+        ...
+
     def open_reader(self, size: int) -> AbstractAsyncContextManager[RangeReader]:
         """Its first `size` bytes, for reading what the medium has."""
         ...
@@ -270,6 +274,7 @@ class BlockWriter:
         )
 
     async def _wipe(self) -> None:
+        self._target.forget()
         for offset, length in self._edges():
             await self._target.zero(offset, length)
         await self._target.flush()

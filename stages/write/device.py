@@ -155,6 +155,9 @@ class DeviceTarget:
         except OSError as error:
             raise self._store_error(error, None) from None
 
+    def forget(self) -> None:
+        """Nothing is remembered of it."""
+
     @asynccontextmanager
     async def open_reader(self, size: int) -> AsyncIterator[RangeReader]:
         """The device itself, read-only."""
@@ -251,7 +254,7 @@ SPEC = StageSpec(
     name="write.device",
     summary="Write the disk onto a block device that nobody uses, in place: O_DIRECT, zeros by the kernel, fsync.",
     options=Options,
-    takes=pieces(Order.SPARSE, Order.SEQUENTIAL),
+    takes=pieces(Order.SPARSE),
     gives=STORED_IMAGE,
     build=DeviceWriter,
     sink=SPARSE_SINK,

@@ -169,6 +169,11 @@ class NbdTarget:
                     hint="It was restarted meanwhile. Run the export again.",
                 )
 
+    def forget(self) -> None:
+        """Compare nothing of it after a lost connection."""
+        self._unsure.clear()
+        self._unsure_bytes = 0
+
     @asynccontextmanager
     async def open_reader(self, size: int) -> AsyncIterator[RangeReader]:
         """What the server has, over the same connections."""
@@ -229,7 +234,7 @@ SPEC = StageSpec(
     name="write.nbd",
     summary="Write the disk to an NBD server, in place: several connections, zeros by their length, flushed.",
     options=Options,
-    takes=pieces(Order.SPARSE, Order.SEQUENTIAL),
+    takes=pieces(Order.SPARSE),
     gives=STORED_IMAGE,
     build=NbdWriter,
     sink=SPARSE_SINK,

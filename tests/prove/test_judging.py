@@ -13,7 +13,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from stages.prove.judging import LOGIN, find_symptom, plain
+from stages.preflight.rules import all_rules
+from stages.prove.judging import LOGIN, NO_BOOT_CODE, SYMPTOMS, find_symptom, plain
 from stages.prove.leash import leashed
 from stages.prove.proving import ProofReport, parse_steps
 from stages.prove.report import junit, lines_of, page
@@ -60,6 +61,11 @@ def test_a_guest_that_failed_is_told_by_what_it_said(said: str) -> None:
 )
 def test_a_guest_that_did_not_fail_is_not_blamed(said: str) -> None:
     assert find_symptom(said) is None
+
+
+def test_every_rule_that_is_named_is_one() -> None:
+    named = {id for one in (*SYMPTOMS, NO_BOOT_CODE) for id in one.rule.split(", ") if id}
+    assert named <= {rule.id for rule in all_rules()}
 
 
 def test_login_prompt_is_not_the_greeting_of_the_last_one() -> None:

@@ -17,13 +17,16 @@ import pytest
 
 from pipeline.errors import PlanError, StoreError
 from pipeline.units import KiB, MiB
+from stages.decode.named import NamedImage
 from stages.serve.cache import PAGE, RUN_MAX, CachedImage
 from stages.serve.layer import GRAIN, Layer, open_layer
+from stages.serve.opening import open_disk
 from stages.serve.server import Limits, listen_on_socket
 from stages.store import nbd_wire as wire
 from stages.store.file import open_file_reader
 from stages.store.nbd_channel import Channel, ChannelClosed, connect
 from tests.decode.images import BytesReader, mixed_disk, run
+from tests.decode.made import made_gce, made_ova
 from tests.disks.letters import write_disk
 from tests.serve.served import cached, serving, tool
 
@@ -53,6 +56,62 @@ async def test_nbdcopy_gets_the_disk(tmp_path: Path, arguments: tuple[str, ...],
             assert (tmp_path / "out").read_bytes() == disk
         assert server.served >= 4
         assert server.clients == 0
+
+
+FORMATS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "raw": ("raw", ()),
+    "qcow2": ("qcow2", ()),
+    "qcow2 of small clusters": ("qcow2", ("-o", "cluster_size=512")),
+    "qcow2 compressed": ("qcow2", ("-c",)),
+    "vhd": ("vpc", ("-o", "force_size=on")),
+    "vhd fixed": ("vpc", ("-o", "subformat=fixed,force_size=on")),
+    "vmdk": ("vmdk", ()),
+    "vmdk compressed": ("vmdk", ("-o", "subformat=streamOptimized")),
+    "vhdx": ("vhdx", ()),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+async def test_local_images_of_every_format_are_what_they_were(tmp_path: Path, name: str) -> None:
+    """From a file the kernel sends what lies there as it is: at the right places."""
+    disk = mixed_disk(SIZE)
+    (tmp_path / "disk.raw").write_bytes(disk)
+    kind, arguments = FORMATS[name]
+    image = tmp_path / f"image.{kind}"
+    run("qemu-img", "convert", "-f", "raw", "-O", kind, *arguments, str(tmp_path / "disk.raw"), str(image))
+    async with open_disk(NamedImage(place=str(image), format="vhd" if kind == "vpc" else kind)) as opened:
+        assert opened.disk.fd is not None
+        async with serving(opened.disk) as (_, url):
+            await tool("nbdcopy", url, tmp_path / "out")
+            assert (tmp_path / "out").read_bytes()[:SIZE] == disk
+            await tool("nbdcopy", "--connections=1", "--request-size=4194304", url, tmp_path / "out")
+            assert (tmp_path / "out").read_bytes()[:SIZE] == disk
+        assert opened.counter.read_bytes > 0
+
+
+async def test_an_image_inside_of_an_archive_is_read_where_it_lies(tmp_path: Path) -> None:
+    disk = mixed_disk(4 * MiB)
+    (tmp_path / "disk.raw").write_bytes(disk)
+    vmdk = tmp_path / "disk.vmdk"
+    options = ("-O", "vmdk", "-o", "subformat=streamOptimized")
+    run("qemu-img", "convert", "-f", "raw", *options, str(tmp_path / "disk.raw"), str(vmdk))
+    (tmp_path / "web.ova").write_bytes(made_ova(vmdk.read_bytes()))
+    (tmp_path / "web.tar.gz").write_bytes(made_gce(disk))
+    for name in ("web.ova", "web.tar.gz"):
+        async with open_disk(NamedImage(place=str(tmp_path / name))) as opened:
+            assert opened.disk.fd is None
+            async with serving(opened.disk) as (_, url):
+                await tool("nbdcopy", url, tmp_path / "out")
+        assert (tmp_path / "out").read_bytes() == disk
+
+
+async def test_a_file_that_is_cut_while_it_is_served_ends_the_answer(tmp_path: Path) -> None:
+    """Never made up with zeros."""
+    (tmp_path / "disk.raw").write_bytes(b"x" * 8 * MiB)
+    async with open_disk(NamedImage(place=str(tmp_path / "disk.raw"), format="raw")) as opened:
+        async with serving(opened.disk) as (_, url):
+            os.truncate(tmp_path / "disk.raw", 4 * MiB)
+            await tool("nbdcopy", url, tmp_path / "out", code=1)
 
 
 async def test_nbdinfo_sees_size_and_holes(tmp_path: Path) -> None:
@@ -140,6 +199,16 @@ async def test_nbdcopy_writes_into_an_overlay(tmp_path: Path) -> None:
         await tool("nbdcopy", "--flush", tmp_path / "new", url)
         await tool("nbdcopy", url, tmp_path / "out")
         assert (tmp_path / "out").read_bytes() == disk
+    layer.close()
+
+
+async def test_a_layer_that_may_not_grow_is_full_for_its_clients() -> None:
+    layer = open_layer(await cached(BytesReader(bytes(SIZE))), None, limit=2 * GRAIN)
+    async with serving(layer) as (_, url):
+        orders = [f"write {offset} 512" for offset in (0, 4096, 5 * GRAIN)]
+        assert "failed" not in await tool("qemu-io", "-f", "raw", *(w for o in orders for w in ("-c", o)), url)
+        assert "No space left" in await tool("qemu-io", "-f", "raw", "-c", f"write {9 * GRAIN} 512", url, code=None)
+        assert "failed" not in await tool("qemu-io", "-f", "raw", "-c", "write 1024 512", url)
     layer.close()
 
 

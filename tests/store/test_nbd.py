@@ -427,6 +427,23 @@ async def test_a_block_status_that_makes_no_sense_is_an_error(lie: bytes) -> Non
                 await NbdReader(client).next_data(0)
 
 
+async def test_a_server_that_knows_only_the_old_options_is_spoken_to() -> None:
+    """No structured replies, no GO: the export's name at once, and simple replies."""
+    said = (
+        wire.GREETING.pack(wire.INIT_MAGIC, wire.OPTION_MAGIC, wire.FIXED_NEWSTYLE)
+        + wire.pack_option_reply(wire.Opt.STRUCTURED_REPLY, wire.Rep.ERR_UNSUP)
+        + wire.pack_option_reply(wire.Opt.GO, wire.Rep.ERR_UNSUP)
+        + wire.EXPORT.pack(MiB, wire.HAS_FLAGS)
+        + bytes(wire.EXPORT_ZEROES)
+        + wire.SIMPLE_REPLY.pack(wire.SIMPLE_MAGIC, 0, 1)
+        + b"x" * 512
+    )
+    with lying(said) as url, anyio.fail_after(10):
+        async with client_of(url) as client:
+            assert client.info.size == MiB
+            assert await client.read(512, 512) == b"x" * 512
+
+
 async def test_a_server_that_dies_while_many_ask_fails_all_of_them(disk: Path) -> None:
     with NbdServer("nbdkit", "--filter=delay", "file", disk, "rdelay=5") as server:
         async with client_of(server.url()) as client:
