@@ -27,6 +27,7 @@ from perf.store import aws_client, running_store
 
 FAMILIES = (
     "images",
+    "used_blocks",
     "formats",
     "reading",
     "storing",

@@ -49,10 +49,17 @@ class Ground:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredFile:
-    """The image is a local file."""
+    """The image is a local file.
+
+    Attributes:
+        filesystem: it holds only what this filesystem, which fills the disk, uses: the disk's bytes can't be asked for.
+        is_proven: False for a format that nothing here reads.
+    """
 
     path: Path
     format: ImageFormat
+    filesystem: str = ""
+    is_proven: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +109,7 @@ class Contender:
     """How it reaches the store; without one, at once."""
 
 
-Figure = Literal["wall ratio", "cpu ratio", "size ratio", "peak memory", "step time"]
+Figure = Literal["wall ratio", "cpu ratio", "size ratio", "read ratio", "peak memory", "step time"]
 
 
 @dataclass(frozen=True, slots=True)

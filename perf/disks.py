@@ -102,6 +102,59 @@ def _build_mostly_empty(path: Path) -> None:
         shutil.rmtree(files)
 
 
+def _build_partly_deleted(path: Path) -> None:
+    """Needs root: only the kernel deletes as the kernel does. No partition table: partclone wants a filesystem."""
+    import random
+
+    dice = random.Random(30)
+    folder = path.with_suffix(".mnt")
+    folder.mkdir()
+    try:
+        with path.open("xb") as image:
+            image.truncate(4 * GIB)
+        subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-E", "nodiscard", str(path)], check=True)
+        subprocess.run(["mount", "-o", "loop", str(path), str(folder)], check=True)
+        try:
+            made: list[tuple[Path, int]] = []
+            total = 0
+            while total < 3 * GIB:
+                file = folder / f"{len(made) % 64}" / f"{len(made)}"
+                file.parent.mkdir(exist_ok=True)
+                # From a few KiB to some MiB, most of them small, as files of a system are.
+                length = int(4096 * 2 ** dice.uniform(0, 11))
+                file.write_bytes(dice.randbytes(length))
+                made.append((file, length))
+                total += length
+            os.sync()
+            deleted = 0
+            for file, length in dice.sample(made, len(made)):
+                if deleted >= total * 3 // 10:
+                    break
+                file.unlink()
+                deleted += length
+        finally:
+            subprocess.run(["umount", str(folder)], check=True)
+    finally:
+        folder.rmdir()
+
+
+def _build_empty_ext4(path: Path) -> None:
+    with path.open("xb") as image:
+        image.truncate(100 * GIB)
+    options = "lazy_itable_init=0,nodiscard"
+    made = path.with_suffix(".files")
+    made.mkdir()
+    try:
+        for number, source in enumerate(_files_of_this_machine()):
+            if number == 3000:
+                break
+            shutil.copyfile(source, made / str(number))
+        make = ["mke2fs", "-q", "-F", "-t", "ext4", "-d", str(made), "-E", options, str(path)]
+        subprocess.run(make, check=True)
+    finally:
+        shutil.rmtree(made)
+
+
 def _files_of_this_machine() -> Iterator[Path]:
     """Ordinary files of an ordinary system, in the order of their names."""
     for folder in ("/usr/bin", "/usr/share", "/usr/lib"):
@@ -127,6 +180,16 @@ DISKS = {
             name="mostly-empty",
             summary="64 GiB, MBR + ext4, 1 GiB of files, 1 GiB of written zeros (inode tables)",
             build=_build_mostly_empty,
+        ),
+        Disk(
+            name="partly-deleted",
+            summary="4 GiB, ext4 without a partition table, 3 GiB of random files, 30 % of them deleted again",
+            build=_build_partly_deleted,
+        ),
+        Disk(
+            name="empty-ext4",
+            summary="100 GiB, ext4 without a partition table, 3000 files",
+            build=_build_empty_ext4,
         ),
     )
 }

@@ -41,6 +41,8 @@ class Usage:
     caches_dropped: bool
     load: float
     """Runnable processes in the last minute before the start."""
+    read_bytes: int = 0
+    """From disks, also for programs and libraries; 0 where the disk is in memory."""
 
     @property
     def cpu_s(self) -> float:
@@ -99,6 +101,7 @@ def measure(
         smallest_rss=answer["smallest_rss"],
         caches_dropped=answer["caches_dropped"],
         load=answer["load"],
+        read_bytes=answer["read_bytes"],
     )
 
 

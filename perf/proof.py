@@ -37,6 +37,10 @@ def prove(attempt: Attempt, ground: Ground) -> str | None:
     match attempt.image:
         case None:
             return None
+        case StoredFile(is_proven=False):
+            return None
+        case StoredFile(path=path, format=format, filesystem=filesystem) if filesystem:
+            return _prove_filesystem(path, format, filesystem, ground)
         case StoredFile(path=path, format=format):
             pass
         case StoredObject(key=key, format=format):
@@ -51,6 +55,19 @@ def prove(attempt: Attempt, ground: Ground) -> str | None:
         proven.append("check clean")
     _ask("qemu-img", "compare", "-f", "raw", "-F", format, str(ground.disk), str(path))
     return ", ".join([*proven, "identical"])
+
+
+_CHECKERS = {"ext4": ("e2fsck", "-fn"), "xfs": ("xfs_repair", "-n"), "btrfs": ("btrfs", "check")}
+
+
+def _prove_filesystem(path: Path, format: str, filesystem: str, ground: Ground) -> str:
+    """Let the filesystem's own checker look at an image of used blocks."""
+    raw = ground.folder / "unpacked"
+    if format != "raw":
+        _ask("qemu-img", "check", "-q", "-f", format, str(path))
+    _ask("qemu-img", "convert", "-f", format, "-O", "raw", str(path), str(raw))
+    _ask(*_CHECKERS[filesystem], str(raw))
+    return f"{filesystem} clean"
 
 
 def _unpacked(path: Path, tool: str, ground: Ground) -> Path:

@@ -108,6 +108,8 @@ def _ratio(figure: Figure, ours: Run, rival: Run) -> float | None:
             return rival.usage.cpu_s / ours.usage.cpu_s
         case "size ratio":
             return ours.image_bytes / rival.image_bytes if ours.image_bytes and rival.image_bytes else None
+        case "read ratio":
+            return ours.usage.read_bytes / rival.usage.read_bytes if rival.usage.read_bytes else None
         case _:
             return None
 
@@ -139,7 +141,7 @@ def _record(report: Report) -> dict[str, object]:
 
 
 def _case_record(report: Report, case: Case) -> dict[str, object]:
-    figures: tuple[Figure, ...] = ("wall ratio", "cpu ratio", "size ratio", "peak memory")
+    figures: tuple[Figure, ...] = ("wall ratio", "cpu ratio", "size ratio", "read ratio", "peak memory")
     found = {figure: spread for figure in figures if (spread := report.figure(case, figure)) is not None}
     return {
         "name": case.name,
@@ -191,6 +193,7 @@ def _page(report: Report) -> str:
 def _case_rows(report: Report, case: Case) -> list[str]:
     goals = {goal.figure: goal for goal in case.goals}
     figures: list[Figure] = ["wall ratio", "cpu ratio", "size ratio"] if case.rival else []
+    figures += ["read ratio"] if "read ratio" in goals else []
     figures += [figure for figure in ("peak memory", "step time") if figure in goals]
     rows = []
     for figure in figures:
@@ -209,7 +212,7 @@ def _figure_text(figure: Figure, found: Spread) -> str:
         return Spread(found.middle / MIB, found.low / MIB, found.high / MIB, found.count).text(0) + " MiB"
     if figure == "step time":
         return found.text(3) + " s"
-    return found.text(3 if figure == "size ratio" else 2) + "x"
+    return found.text(3 if figure in ("size ratio", "read ratio") else 2) + "x"
 
 
 def _contender_row(report: Report, contender: str, disk: str) -> str:

@@ -37,6 +37,7 @@ class Answer(TypedDict):
     user_s: float
     system_s: float
     peak_rss: int
+    read_bytes: int
     smallest_rss: int
     caches_dropped: bool
     load: float
@@ -53,7 +54,7 @@ def main() -> None:
     caches_dropped = orders["cold"] and _drop_caches()
     load = os.getloadavg()[0]
     user_s = system_s = 0.0
-    peak_rss = 0
+    peak_rss = read_bytes = 0
     failed: tuple[int, list[str]] | None = None
     started = time.perf_counter()
     steps_s: list[float] = []
@@ -65,6 +66,7 @@ def main() -> None:
                 user_s += usage.ru_utime
                 system_s += usage.ru_stime
                 peak_rss = max(peak_rss, usage.ru_maxrss * 1024)
+                read_bytes += usage.ru_inblock * 512
                 if failed is None and processes[position].returncode != 0:
                     failed = (processes[position].returncode, step[position])
             steps_s.append(time.perf_counter() - step_started)
@@ -76,6 +78,7 @@ def main() -> None:
         user_s=user_s,
         system_s=system_s,
         peak_rss=peak_rss,
+        read_bytes=read_bytes,
         smallest_rss=_peak_rss(),
         caches_dropped=caches_dropped,
         load=load,

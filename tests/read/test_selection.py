@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.continuing import Attempt
-from pipeline.errors import PlanError, SourceError
-from pipeline.events import Event, RunPlanned
+from pipeline.config.continuing import Attempt, Mode
+from pipeline.errors import KeptError, PlanError, SourceError
+from pipeline.events import Event, RunPlanned, RunResumed
+from pipeline.flow import resume
 from pipeline.flow.engine import Outcome
+from pipeline.flow.items import Block
 from pipeline.units import KiB, MiB
+from stages.read.disk import DiskReader
+from stages.write import ranges
 from tests.chains import export, write_toml
-from tests.disk.making import blank, fill, hashes, mounted, need, needs_root, run
+from tests.disk.making import blank, fill, hashes, mounted, need, needs_root, partclone_blocks, run
 from tests.disk.test_mapping import extract, insert
 from tests.disks.mounts import loop_device
 
@@ -201,8 +205,6 @@ async def test_a_filesystem_mounted_read_only_holds_still(disk: Path) -> None:
 async def test_a_filesystem_that_was_written_meanwhile_makes_no_image(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stages.read.disk import DiskReader
-
     real = DiskReader.conclude
 
     async def written(self: DiskReader) -> None:
@@ -234,3 +236,103 @@ async def test_contradicting_choices_are_refused_before_anything_is_opened(tmp_p
 
     with pytest.raises(ConfigError, match="contradict"):
         await exported(tmp_path / "absent", "through = 1; partitions = [1]")
+
+
+MAKERS = {
+    "ext2": (("mke2fs", "-q", "-t", "ext2", "-F"), 64 * MiB, ("e2fsck", "-fn")),
+    "ext4": (
+        ("mke2fs", "-q", "-t", "ext4", "-b", "1024", "-O", "bigalloc,^has_journal", "-F"),
+        64 * MiB,
+        ("e2fsck", "-fn"),
+    ),
+    "xfs": (("mkfs.xfs", "-q", "-f"), 320 * MiB, ("xfs_repair", "-n")),
+    "btrfs": (("mkfs.btrfs", "-q", "-f"), 200 * MiB, ("btrfs", "check", "--check-data-csum")),
+}
+
+
+@needs_root
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("encoder", ["encode.raw", 'encode.qcow2; compression = "zlib"'])
+async def test_an_image_of_the_used_blocks_is_clean_and_has_the_same_files(
+    kind: str, encoder: str, tmp_path: Path
+) -> None:
+    """By the filesystem's own checker and the kernel; and as few blocks as partclone finds in use."""
+    command, size, checker = MAKERS[kind]
+    need(command[0], checker[0], "qemu-img", "partclone.extfs")
+    disk = blank(tmp_path / "disk", size)
+    run(*command, disk)
+    with mounted(disk) as folder:
+        fill(folder)
+        wanted = hashes(folder)
+    outcome, image = await exported(disk, encoder=encoder)
+    facts = outcome.manifest.facts["blocks"]
+    raw = tmp_path / "raw"
+    run("qemu-img", "convert", "-O", "raw", image, raw)
+    run(*checker, raw)
+    if kind == "ext2":
+        unit = 4096 if size > 512 * MiB else 1024  # mke2fs.conf(5), "small"
+        assert abs(facts["taken_bytes"] - partclone_blocks("extfs", disk) * unit) <= 4096  # and the boot block
+    disk.unlink()
+    with mounted(raw, "loop,ro") as folder:
+        assert hashes(folder) == wanted
+    assert outcome.manifest.disk.totals["free"] > size // 4
+
+
+async def test_a_fat_of_the_used_blocks_is_clean_and_has_the_same_files(tmp_path: Path) -> None:
+    need("mkfs.fat", "mcopy", "fsck.fat")
+    disk = blank(tmp_path / "disk", 64 * MiB)
+    run("mkfs.fat", "-F", "32", disk)
+    for number in range(12):
+        source = tmp_path / f"file{number}"
+        source.write_bytes(os.urandom(300 * KiB + number))
+        run("mcopy", "-i", disk, source, "::")
+    for number in range(0, 12, 3):
+        run("mdel", "-i", disk, f"::file{number}")
+    outcome, image = await exported(disk)
+    run("fsck.fat", "-n", image)
+    for number in range(12):
+        if number % 3:
+            run("mcopy", "-o", "-i", image, f"::file{number}", tmp_path / "back")
+            assert (tmp_path / "back").read_bytes() == (tmp_path / f"file{number}").read_bytes()
+    assert outcome.manifest.disk.totals["free"] > 50 * MiB
+
+
+@pytest.mark.parametrize("changes", [False, True])
+async def test_a_resumed_run_goes_on_only_with_the_map_of_the_run_before(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, changes: bool
+) -> None:
+    """Where files were written between the two, what was sent is of another moment, and is not built on."""
+    monkeypatch.setattr(resume, "POINT_EVERY_S", 0.0)
+    monkeypatch.setattr(ranges, "_MARK_EVERY_S", 0.001)
+    monkeypatch.setattr(ranges, "_MARK_SHARE", 0)
+    real = DiskReader.load
+
+    def failing(self: DiskReader, block: Block, buffer: memoryview) -> None:
+        if block.offset >= 80 * MiB:
+            raise SourceError("the cable is out", operation="read")
+        real(self, block, buffer)
+
+    async def go(mode: Mode, events: list[Event] | None = None) -> None:
+        attempt = Attempt(mode=mode, command="pipeline run x.toml")
+        await exported(disk, encoder="encode.qcow2", attempt=attempt, events=events)
+
+    monkeypatch.setattr(DiskReader, "load", failing)
+    with pytest.raises(KeptError):
+        await go(Mode.NEW)
+    monkeypatch.setattr(DiskReader, "load", real)
+    if changes:
+        with mounted_partition(disk) as folder:
+            (folder / "new").write_bytes(b"n" * MiB)
+        with pytest.raises(PlanError, match="the disk changed since it was sent"):
+            await go(Mode.RESUME)
+        return
+    events: list[Event] = []
+    await go(Mode.RESUME, events)
+    [resumed] = [event for event in events if isinstance(event, RunResumed)]
+    assert resumed.guest_bytes > MiB
+    assert content(_raw(disk.with_name("image")), SECOND, 128 * MiB) == content(disk, SECOND, 128 * MiB)
+
+
+def _raw(image: Path) -> Path:
+    run("qemu-img", "convert", "-O", "raw", image, image.with_name("raw"))
+    return image.with_name("raw")
