@@ -80,7 +80,7 @@ class LiveView:
         return await _in_thread(look)
 
     async def list(self, path: str) -> tuple[Entry, ...]:
-        """All names of a folder but `.` and `..`. Raises OSError EFBIG for more than a million."""
+        """All names of a folder but `.` and `..`. Raises OSError EFBIG for more than ENTRIES_MAX."""
 
         def look() -> tuple[Entry, ...]:
             with self._opened(path, True) as (descriptor, _):

@@ -11,7 +11,7 @@ LINKS_MAX = 40
 # Folders inside each other that are walked into. Real systems have less than 40; it bounds open descriptors and loops.
 DEPTH_MAX = 200
 # Names of a folder that are held at once; a hostile one can claim any number.
-ENTRIES_MAX = 1 << 20
+ENTRIES_MAX = 1 << 18
 
 
 def failure(code: int, path: str) -> OSError:

@@ -45,11 +45,11 @@ from stages.disk.btrfs import (
     parse_superblock,
     payload_of,
 )
-from stages.disk.files.folders import INODES_KEPT, Folders, Recent, kind_of_type
+from stages.disk.files.folders import INODES_KEPT, Folders, Recent, check_count, kind_of_type
 from stages.disk.files.lzo import unpack_lzo
 from stages.disk.files.placed import Placed, read_placed
 from stages.disk.live import kind_of_mode
-from stages.disk.paths import ENTRIES_MAX, PATH_MAX, failure
+from stages.disk.paths import PATH_MAX, failure
 from stages.disk.signatures import Signature
 from stages.disk.tree import Entry, Kind, Node, Space, Subvolume
 
@@ -232,10 +232,10 @@ class BtrfsTree:
                 name = bytes(payload[18 : 18 + length]).decode("utf-8", "surrogateescape")
                 self._parents[number] = (above, folder, name)
             elif kind == _DIR_ITEM and number == top:
-                for name, location in _names(payload):
-                    if name == b"default" and location[1] == ROOT_ITEM:
+                for raw, location in _names(payload):
+                    if raw == b"default" and location[1] == ROOT_ITEM:
                         self._default = location[0]
-            if len(self._roots) > _SUBVOLUMES_MAX:
+            if max(len(self._roots), len(self._parents)) > _SUBVOLUMES_MAX:
                 raise FormatError(f"it has more than {_SUBVOLUMES_MAX} subvolumes")
         if _TOP not in self._roots:
             raise FormatError("it has no tree of files")
@@ -442,8 +442,8 @@ class BtrfsTree:
 
     def _unpack(self, data: bytes, packing: int, ram: int) -> bytes:
         """Exactly `ram` bytes. Raises FormatError."""
-        if ram > _PACKED_MAX:
-            raise FormatError("a compressed extent is larger than any real one")
+        if not 0 < ram <= _PACKED_MAX:
+            raise FormatError("a compressed extent has a size that none has")
         try:
             if packing == _ZLIB:
                 made = zlib.decompressobj().decompress(data, ram)
@@ -477,8 +477,7 @@ class BtrfsTree:
                     made.append(Entry(name, below, Kind.DIRECTORY))
                 else:
                     made.append(Entry(name, _number(subvolume, target), kind_of_type(payload[29] & 0x7F)))
-            if len(made) > ENTRIES_MAX:
-                raise FormatError("a folder is larger than any real one", inode=number)
+            check_count(made, number)
         return made
 
 

@@ -32,7 +32,7 @@ from stages.disk.ext import (
     raw_crc32c,
     read_descs,
 )
-from stages.disk.files.folders import FOLDER_MAX, INODES_KEPT, MAPS_KEPT, Folders, Recent, kind_of_type
+from stages.disk.files.folders import FOLDER_MAX, INODES_KEPT, MAPS_KEPT, Folders, Recent, check_count, kind_of_type
 from stages.disk.files.placed import Placed, read_placed
 from stages.disk.live import kind_of_mode
 from stages.disk.paths import PATH_MAX, failure
@@ -411,6 +411,7 @@ class ExtTree:
             if has_tail and raw_crc32c(found.seed, data[: -_TAIL.size]) != stored:
                 raise FormatError("the checksum of a folder is wrong", inode=found.node.number)
         self._add_names(found, data, made)
+        check_count(made, found.node.number)
 
     def _add_names(self, found: _Inode, data: bytes | memoryview, made: list[Entry]) -> None:
         has_kinds = bool(self._found.incompat & _INCOMPAT_FILETYPE)

@@ -197,12 +197,16 @@ class FatTree:
                 raise FormatError("a file's chain of clusters breaks off", cluster=cluster)
             if chain.length >= self._clusters:
                 raise FormatError("a file's chain of clusters is a loop", cluster=first)
+            length_before = chain.length
+            following = await self._follow(cluster)
+            if chain.length != length_before:
+                continue  # another task went on meanwhile
             if chain.runs and chain.runs[-1][1] + chain.runs[-1][2] == cluster:
                 begin, start, count = chain.runs[-1]
                 chain.runs[-1] = (begin, start, count + 1)
             else:
                 chain.runs.append((chain.length, cluster, 1))
-            chain.next = await self._follow(cluster)
+            chain.next = following
             chain.length += 1
         size, end = self._cluster, offset + length
         return [

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import errno
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sized
 from dataclasses import replace
 from typing import Generic, TypeVar
 
 from pipeline.errors import FormatError
 from pipeline.units import MiB
-from stages.disk.paths import failure
+from stages.disk.paths import ENTRIES_MAX, failure
 from stages.disk.tree import Entry, Kind
 
 K = TypeVar("K")
 V = TypeVar("V")
 
-# A folder of a million names takes some 40 MiB; more is taken for an attack.
-FOLDER_MAX = 128 * MiB
+# What holds as many names as are held at once, with room; more is taken for an attack.
+FOLDER_MAX = 64 * MiB
 # Inodes, and blocks of maps of files, that a tree keeps.
 INODES_KEPT = 4096
 MAPS_KEPT = 256
@@ -38,6 +38,12 @@ _TYPES = (
 _NAMES_KEPT = 1 << 16
 # A filesystem that does not say in a folder what a name is has its inodes asked, up to so many of a folder.
 _KINDS_ASKED = 1 << 14
+
+
+def check_count(entries: Sized, number: int) -> None:
+    """Raise FormatError where a folder has more names than are held at once."""
+    if len(entries) > ENTRIES_MAX:
+        raise FormatError(f"a folder has more than {ENTRIES_MAX} names", inode=number)
 
 
 def kind_of_type(number: int) -> Kind:

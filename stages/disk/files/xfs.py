@@ -16,7 +16,7 @@ from itertools import pairwise
 from pipeline.errors import FormatError
 from pipeline.flow.items import RangeReader
 from pipeline.units import GiB
-from stages.disk.files.folders import FOLDER_MAX, INODES_KEPT, MAPS_KEPT, Folders, Recent, kind_of_type
+from stages.disk.files.folders import FOLDER_MAX, INODES_KEPT, MAPS_KEPT, Folders, Recent, check_count, kind_of_type
 from stages.disk.files.placed import Placed, read_placed
 from stages.disk.live import kind_of_mode
 from stages.disk.paths import PATH_MAX, failure
@@ -404,6 +404,7 @@ class XfsTree:
             for at in range(0, len(data), each):
                 if (offset + at) // each in present:
                     self._add_block(found, data[at : at + each], made)
+                    check_count(made, number)
         return made
 
     def _add_short(self, found: _Inode, made: list[Entry]) -> None:
@@ -427,6 +428,8 @@ class XfsTree:
     def _add_block(self, found: _Inode, data: bytes, made: list[Entry]) -> None:
         """Add the names of a block of a folder."""
         magic = data[:4]
+        if len(data) != self._shape.folder_block:
+            raise FormatError("a folder ends inside of a block", inode=found.node.number)
         if magic not in _DATA_MAGICS and magic not in _BLOCK_MAGICS:
             raise FormatError("a block of a folder makes no sense", inode=found.node.number)
         at = 64 if self._found.is_v5 else 16
