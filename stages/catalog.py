@@ -10,7 +10,7 @@ from stages.read import disk, synthetic
 from stages.read import image as image_source
 from stages.sparse import zeros
 from stages.verify import readback, receipt, sample
-from stages.write import file, http, null, pipe, s3, sftp
+from stages.write import azure_block, azure_page, file, gcs, http, null, pipe, s3, sftp
 
 CATALOG = Catalog(
     (
@@ -34,6 +34,9 @@ CATALOG = Catalog(
         s3.SPEC,
         sftp.SPEC,
         http.SPEC,
+        azure_block.SPEC,
+        azure_page.SPEC,
+        gcs.SPEC,
         pipe.SPEC,
         null.SPEC,
         receipt.SPEC,

@@ -17,6 +17,7 @@ from pipeline.flow.manifest import Manifest
 from tests.decode.images import run
 from tests.disks.letters import write_disk
 from tests.end_to_end.command import call
+from tests.stores.azurite import AzureServer
 from tests.stores.nginx import PASSWORD, USER, WebServer
 from tests.stores.openssh import SftpServer
 from tests.stores.s3 import S3Server
@@ -34,6 +35,7 @@ class Bench:
     bucket: str
     sftp: SftpServer
     web: WebServer
+    azure: AzureServer
 
     def name_of(self, told: str) -> str:
         """The last part of a path or URL in a config."""
@@ -70,6 +72,10 @@ def _to_web(bench: Bench, stage: Stage) -> Overrides:
     }
 
 
+def _to_azure(bench: Bench, stage: Stage) -> Overrides:
+    return {"url": f"az://{bench.bucket}/{bench.name_of(stage['url'])}"}
+
+
 def _from_image(bench: Bench, stage: Stage) -> Overrides:
     image = bench.folder / f"source.{stage['format']}"
     run("qemu-img", "convert", "-f", "raw", "-O", stage["format"], str(bench.disk), str(image))
@@ -84,6 +90,8 @@ PLACES: dict[str, Callable[[Bench, Stage], Overrides]] = {
     "write.s3": _to_s3,
     "write.sftp": _to_sftp,
     "write.http": _to_web,
+    "write.azure_block": _to_azure,
+    "write.azure_page": _to_azure,
     "write.pipe": lambda bench, _: {"command": f'["dd", "of={bench.folder / "image"}", "status=none"]'},
 }
 
@@ -134,10 +142,18 @@ def test_config_explains_itself(config: Path) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
 def test_config_exports_a_disk(
-    config: Path, seaweedfs: S3Server, sftp_server: SftpServer, web_server: WebServer, tmp_path: Path, disk: Path
+    config: Path,
+    seaweedfs: S3Server,
+    sftp_server: SftpServer,
+    web_server: WebServer,
+    azure_server: AzureServer,
+    tmp_path: Path,
+    disk: Path,
 ) -> None:
-    bench = Bench(tmp_path, disk, seaweedfs, seaweedfs.new_bucket(), sftp_server, web_server)
-    env = {**seaweedfs.environment(), **SECRETS}
+    bucket = seaweedfs.new_bucket()
+    azure_server.create_container(bucket)
+    bench = Bench(tmp_path, disk, seaweedfs, bucket, sftp_server, web_server, azure_server)
+    env = {**seaweedfs.environment(), **azure_server.environment(), **SECRETS}
     said = call("run", config, "--json", *overrides(config, bench), env=env)
     assert said.code == 0, said.err
     finished = said.last("run_finished")

@@ -40,7 +40,9 @@ class Options:
     """Options of read.image."""
 
     path: Path | None = option(None, doc="The image file. Either this or url.")
-    url: str | None = option(None, doc="Where the image is: s3://, sftp://, http(s):// or dav(s)://, read by ranges.")
+    url: str | None = option(
+        None, doc="Where the image is: s3://, az://, gs://, sftp://, http(s):// or dav(s)://, read by ranges."
+    )
     format: str = option(
         "auto",
         doc="raw, qcow2, vhd, vmdk, vhdx, ova or gce; raw+zstd and the like for our compressed streams. auto looks "
