@@ -76,6 +76,11 @@ def _to_azure(bench: Bench, stage: Stage) -> Overrides:
     return {"url": f"az://{bench.bucket}/{bench.name_of(stage['url'])}"}
 
 
+def _to_gcs(bench: Bench, stage: Stage) -> Overrides:
+    # The parts of GCS are S3's, so an S3 store takes them, in its own dialect.
+    return {"url": f"gs://{bench.bucket}/{bench.name_of(stage['url'])}", "endpoint": bench.server.endpoint}
+
+
 def _from_image(bench: Bench, stage: Stage) -> Overrides:
     image = bench.folder / f"source.{stage['format']}"
     run("qemu-img", "convert", "-f", "raw", "-O", stage["format"], str(bench.disk), str(image))
@@ -92,6 +97,7 @@ PLACES: dict[str, Callable[[Bench, Stage], Overrides]] = {
     "write.http": _to_web,
     "write.azure_block": _to_azure,
     "write.azure_page": _to_azure,
+    "write.gcs": _to_gcs,
     "write.pipe": lambda bench, _: {"command": f'["dd", "of={bench.folder / "image"}", "status=none"]'},
 }
 
@@ -153,7 +159,11 @@ def test_config_exports_a_disk(
     bucket = seaweedfs.new_bucket()
     azure_server.create_container(bucket)
     bench = Bench(tmp_path, disk, seaweedfs, bucket, sftp_server, web_server, azure_server)
-    env = {**seaweedfs.environment(), **azure_server.environment(), **SECRETS}
+    google = {
+        "GS_ACCESS_KEY_ID": seaweedfs.credentials.access_key,
+        "GS_SECRET_ACCESS_KEY": seaweedfs.credentials.secret_key,
+    }
+    env = {**seaweedfs.environment(), **azure_server.environment(), **google, **SECRETS}
     said = call("run", config, "--json", *overrides(config, bench), env=env)
     assert said.code == 0, said.err
     finished = said.last("run_finished")

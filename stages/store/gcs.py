@@ -221,7 +221,9 @@ class GcsClient:
         reply = await self.send(operation, "PUT", session, {"Content-Range": span}, body or b"", also=(308,))
         if reply.status == 308:
             found = _PERSISTED.fullmatch(reply.header("range"))
-            return int(found[1]) + 1 if found else 0, None
+            reached = int(found[1]) + 1 if found else 0
+            # "bytes=0-0" is how an emulator says that it has nothing; GCS has whole units, or no Range at all.
+            return (reached if reached > 1 else 0), None
         state = GcsState.of(_json(reply, operation))
         return state.size, state
 

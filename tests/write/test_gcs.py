@@ -156,6 +156,7 @@ async def test_cancelled_session_leaves_no_object(bench: Bench) -> None:
                 tasks.start_soon(bench.export)
                 await proxy.until(lambda: any(seen.is_stalled for seen in proxy.seen))
                 tasks.cancel_scope.cancel()
+                proxy.release()  # the emulator serves one connection after the other
     assert bench.server.names(bench.bucket) == []
 
 
