@@ -26,8 +26,10 @@ from stages.store.s3 import Dialect, S3Client, S3Url
 from stages.store.s3 import open_reader as open_s3_reader
 from stages.store.s3_signing import RequestSigner, key_signer
 
-# With a generation of 0 as the condition, an object that exists is not replaced.
-DIALECT = Dialect(scheme="gs", absent={"x-goog-if-generation-match": "0"}, google=True)
+# With a generation of 0 as the condition, an object that exists is not replaced. A request that AWS's rules sign has
+# x-amz-* headers, and x-goog-* ones do not belong beside them: with an HMAC key the target is only looked for first.
+BEARER_DIALECT = Dialect(scheme="gs", absent={"x-goog-if-generation-match": "0"}, google=True, sends_hash=True)
+HMAC_DIALECT = Dialect(scheme="gs", absent={}, google=True)
 # A resumable upload's chunks are multiples of this, but for the last.
 CHUNK_UNIT = 256 * KiB
 _RANGE_MAX = 16 * MiB
@@ -50,9 +52,14 @@ async def connect_parts(bucket: str, endpoint: str, on_alive: Callable[[], None]
         endpoint=access.endpoint,
         addressing="path",
         signer=signer_of(access),
-        dialect=DIALECT,
+        dialect=dialect_of(access),
         on_alive=on_alive,
     )
+
+
+def dialect_of(access: GcsAccess) -> Dialect:
+    """Of the XML interface, for these credentials."""
+    return HMAC_DIALECT if access.hmac is not None else BEARER_DIALECT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,7 +299,7 @@ async def open_reader(url: str, *, endpoint: str = "") -> AsyncIterator[RangeRea
     where, access = S3Url.parse(url, "gs"), find_access(endpoint=endpoint)
     if access.hmac is not None:
         async with open_s3_reader(
-            url, endpoint=access.endpoint, addressing="path", signer=signer_of(access), dialect=DIALECT
+            url, endpoint=access.endpoint, addressing="path", signer=signer_of(access), dialect=dialect_of(access)
         ) as reader:
             yield reader
         return

@@ -86,11 +86,13 @@ class Dialect:
         scheme: of URLs.
         absent: headers that make a PUT, or completing an upload, fail where the object exists.
         google: checksums are in `x-goog-hash`, and the ETag of an object made of parts is no MD5.
+        sends_hash: ours may go out there too.
     """
 
     scheme: str = "s3"
     absent: Mapping[str, str] = field(default_factory=lambda: {"If-None-Match": "*"})
     google: bool = False
+    sends_hash: bool = False
 
 
 S3_DIALECT = Dialect()
@@ -324,7 +326,8 @@ class S3Client:
         """The state of an object; None where there is no such key (or no such bucket)."""
         query = {"versionId": version} if version else None
         try:
-            reply = await self.send("head", "HEAD", key, query=query, headers={"x-amz-checksum-mode": "ENABLED"})
+            mode = {} if self.dialect.google else {"x-amz-checksum-mode": "ENABLED"}
+            reply = await self.send("head", "HEAD", key, query=query, headers=mode)
         except S3Error as error:
             if error.status == 404:
                 return None

@@ -93,7 +93,7 @@ class GcsPartsWriter(s3.S3Writer):
 
     def __init__(self, options: Options, context: StageContext, **more: Any) -> None:
         """Prepare it; nothing is sent. Raises PlanError without credentials. `more`: as for S3Writer."""
-        from stages.store.gcs import DIALECT
+        from stages.store.gcs import dialect_of
 
         access = _access(options)
         given = s3.Options(
@@ -114,7 +114,7 @@ class GcsPartsWriter(s3.S3Writer):
 
             return signer_of(access, options.ca_file)
 
-        super().__init__(given, context, **{"dialect": DIALECT, "find_signer": signer, **more})
+        super().__init__(given, context, **{"dialect": dialect_of(access), "find_signer": signer, **more})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -231,7 +231,8 @@ class S3Writer:
             "x-amz-acl": options.acl,
             "x-amz-tagging": urlencode(options.tags or {}, quote_via=quote),
         }
-        return {name: value for name, value in headers.items() if value}
+        prefix = "x-goog-" if self._dialect.sends_hash else "x-amz-"
+        return {name.replace("x-amz-", prefix): value for name, value in headers.items() if value}
 
     def _make_upload(self, client: S3Client, key: str) -> S3Upload:
         from stages.write.s3_upload import S3Upload
@@ -424,7 +425,8 @@ class S3Writer:
         try:
             await with_grace(lambda: client.put_text(key, manifest, headers), GRACE_S)
         except S3Error as error:
-            if client.dialect.absent.items() <= headers.items() and is_unknown_header(error):
+            is_conditional = bool(client.dialect.absent) and client.dialect.absent.items() <= headers.items()
+            if is_conditional and is_unknown_header(error):
                 self._conditional = False
                 await self._put_manifest(manifest)
             elif not (error.status in (409, 412) and not error.temporary and await self._manifest_is_there()):

@@ -234,7 +234,8 @@ class S3Upload:
         if sums is None:
             return {}
         if self._client.dialect.google:
-            return {"Content-MD5": sums.md5_text, "x-goog-hash": f"crc32c={sums.crc32c_text}"}
+            hashed = {"x-goog-hash": f"crc32c={sums.crc32c_text}"} if self._client.dialect.sends_hash else {}
+            return {"Content-MD5": sums.md5_text, **hashed}
         headers = {
             "x-amz-checksum-crc64nvme": sums.crc64nvme_text,
             "x-amz-checksum-crc32c": sums.crc32c_text,
