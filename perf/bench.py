@@ -31,6 +31,7 @@ FAMILIES = (
     "formats",
     "reading",
     "storing",
+    "sending",
     "streams",
     "serving",
     "memory",

@@ -11,6 +11,8 @@ from stages.read import image as image_source
 from stages.sparse import zeros
 from stages.verify import prove, readback, receipt, sample
 from stages.write import device, file, http, nbd, null, pipe, s3, sftp
+from stages.verify import readback, receipt, sample
+from stages.write import azure_block, azure_page, file, gcs, http, null, pipe, s3, sftp
 
 CATALOG = Catalog(
     (
@@ -36,6 +38,9 @@ CATALOG = Catalog(
         http.SPEC,
         nbd.SPEC,
         device.SPEC,
+        azure_block.SPEC,
+        azure_page.SPEC,
+        gcs.SPEC,
         pipe.SPEC,
         null.SPEC,
         receipt.SPEC,

@@ -20,6 +20,7 @@ from tests.decode.images import run
 from tests.disks.letters import write_disk
 from tests.disks.mounts import loop_device
 from tests.end_to_end.command import call
+from tests.stores.azurite import AzureServer
 from tests.stores.nbd import NbdServer
 from tests.stores.nginx import PASSWORD, USER, WebServer
 from tests.stores.openssh import SftpServer
@@ -38,6 +39,7 @@ class Bench:
     bucket: str
     sftp: SftpServer
     web: WebServer
+    azure: AzureServer
     stack: ExitStack
 
     def name_of(self, told: str) -> str:
@@ -75,6 +77,15 @@ def _to_web(bench: Bench, stage: Stage) -> Overrides:
     }
 
 
+def _to_azure(bench: Bench, stage: Stage) -> Overrides:
+    return {"url": f"az://{bench.bucket}/{bench.name_of(stage['url'])}"}
+
+
+def _to_gcs(bench: Bench, stage: Stage) -> Overrides:
+    # The parts of GCS are S3's, so an S3 store takes them, in its own dialect.
+    return {"url": f"gs://{bench.bucket}/{bench.name_of(stage['url'])}", "endpoint": bench.server.endpoint}
+
+
 def _from_image(bench: Bench, stage: Stage) -> Overrides:
     image = bench.folder / f"source.{stage['format']}"
     run("qemu-img", "convert", "-f", "raw", "-O", stage["format"], str(bench.disk), str(image))
@@ -104,6 +115,9 @@ PLACES: dict[str, Callable[[Bench, Stage], Overrides]] = {
     "write.device": _to_device,
     # The disk is of letters: there is nothing on it to check or to boot. tests/prove does both.
     "verify.prove": lambda bench, _: {"skip": '["filesystems", "preflight", "boot"]'},
+    "write.azure_block": _to_azure,
+    "write.azure_page": _to_azure,
+    "write.gcs": _to_gcs,
     "write.pipe": lambda bench, _: {"command": f'["dd", "of={bench.folder / "image"}", "status=none"]'},
 }
 
@@ -154,11 +168,23 @@ def test_config_explains_itself(config: Path) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
 def test_config_exports_a_disk(
-    config: Path, seaweedfs: S3Server, sftp_server: SftpServer, web_server: WebServer, tmp_path: Path, disk: Path
+    config: Path,
+    seaweedfs: S3Server,
+    sftp_server: SftpServer,
+    web_server: WebServer,
+    azure_server: AzureServer,
+    tmp_path: Path,
+    disk: Path,
 ) -> None:
+    bucket = seaweedfs.new_bucket()
+    azure_server.create_container(bucket)
+    google = {
+        "GS_ACCESS_KEY_ID": seaweedfs.credentials.access_key,
+        "GS_SECRET_ACCESS_KEY": seaweedfs.credentials.secret_key,
+    }
+    env = {**seaweedfs.environment(), **azure_server.environment(), **google, **SECRETS}
     with ExitStack() as stack:
-        bench = Bench(tmp_path, disk, seaweedfs, seaweedfs.new_bucket(), sftp_server, web_server, stack)
-        env = {**seaweedfs.environment(), **SECRETS}
+        bench = Bench(tmp_path, disk, seaweedfs, bucket, sftp_server, web_server, azure_server, stack)
         said = call("run", config, "--json", *overrides(config, bench), env=env)
     assert said.code == 0, said.err
     finished = said.last("run_finished")

@@ -37,6 +37,8 @@ PROGRAMS: Final[Mapping[str, str]] = {
     "partclone.extfs": "partclone",
     "sgdisk": "gdisk",
     "lvm": "lvm2",
+    "node": "nodejs",
+    "npm": "npm",
     "nginx": "nginx-light",
     "/usr/lib/nginx/modules/ngx_http_dav_ext_module.so": "libnginx-mod-http-dav-ext",
     "nbdkit": "nbdkit",

@@ -244,7 +244,8 @@ def _place(stage: StageConfig) -> str:
 
 def _accepted(stage: StageConfig) -> tuple[Order, ...]:
     """The orders that a stage takes with its options."""
-    if stage.spec.checks_image and stage.spec.orders and stage.options is not None:
+    decides = stage.spec.checks_image or stage.spec.role == "write"
+    if decides and stage.spec.orders and stage.options is not None:
         return stage.spec.orders(stage.options)
     return _accepted_by(stage.spec)
 

@@ -665,7 +665,7 @@ class StageSpec:
         layout: for encoders: `layout(options, request)`, pure; raises PlanError.
         wrap: for compressors: `wrap(options, layout, window)`: the layout of what it makes of an image of `layout`.
         orders: for stages whose options decide on it: those orders of `gives` that these options can produce, the
-            best first; of `takes` for a check of the image.
+            best first; of `takes` for a check of the image and for writers.
         orders_hint: why these options allow no other order, and what would work; empty where there is nothing to say.
         map_unit: for encoders that need to know, for these options and in this order, which units of the disk hold
             data before the first byte: the length of a unit in guest bytes; else None.

@@ -41,7 +41,8 @@ class Options:
 
     path: Path | None = option(None, doc="The image file. Either this or url.")
     url: str | None = option(
-        None, doc="Where the image is: s3://, sftp://, nbd://, http(s)://, dav(s)://; read by ranges."
+        None,
+        doc="Where the image is: s3://, az://, gs://, sftp://, nbd://, http(s):// or dav(s)://, read by ranges.",
     )
     format: str = option(
         "auto",

@@ -15,7 +15,7 @@ import shlex
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn
 from urllib.parse import quote, urlsplit
@@ -27,7 +27,7 @@ from pipeline.flow.retry import Retry, RetryPolicy
 from pipeline.flow.stage import RealClock
 from stages.store.digests import Buffer
 from stages.store.http import BytesBody, HttpClient, Reply, SendBody, Timeouts
-from stages.store.s3_signing import Signer, find_signer, look_around
+from stages.store.s3_signing import RequestSigner, find_signer, look_around
 
 Addressing = Literal["auto", "path", "virtual"]
 
@@ -62,20 +62,40 @@ class S3Url:
     key: str
 
     @classmethod
-    def parse(cls, url: str) -> S3Url:
+    def parse(cls, url: str, scheme: str = "s3") -> S3Url:
         """Take a URL apart. Raises PlanError."""
-        scheme, found, rest = url.partition("://")
+        given, found, rest = url.partition("://")
         bucket, _, key = rest.partition("/")
-        if not found or scheme != "s3" or not bucket or not key or key.endswith("/"):
+        if not found or given != scheme or not bucket or not key or key.endswith("/"):
             raise PlanError(
                 f'"{url}" does not name an object',
                 operation="plan",
-                hint="Write s3://BUCKET/NAME, with the image's name.",
+                hint=f"Write {scheme}://BUCKET/NAME, with the image's name.",
             )
         return cls(bucket=bucket, key=key)
 
     def __str__(self) -> str:
         return f"s3://{self.bucket}/{self.key}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dialect:
+    """What a store that speaks S3 says in its own way.
+
+    Attributes:
+        scheme: of URLs.
+        absent: headers that make a PUT, or completing an upload, fail where the object exists.
+        google: checksums are in `x-goog-hash`, and the ETag of an object made of parts is no MD5.
+        sends_hash: ours may go out there too.
+    """
+
+    scheme: str = "s3"
+    absent: Mapping[str, str] = field(default_factory=lambda: {"If-None-Match": "*"})
+    google: bool = False
+    sends_hash: bool = False
+
+
+S3_DIALECT = Dialect()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +105,7 @@ class ObjectState:
     Attributes:
         etag: without quotes.
         crc64nvme, crc32c: base64, as the store keeps them; empty where it keeps none.
-        encrypted: with a key of the store's key service, which makes the ETag something else than an MD5.
+        encrypted: with a key of the store's key service, or in another way that makes the ETag no MD5.
     """
 
     size: int
@@ -119,13 +139,26 @@ def limits_at(endpoint: str) -> PartLimits:
 class S3Client:
     """One bucket of an S3-compatible store. Every call is one request, never repeated here."""
 
-    def __init__(self, http: HttpClient, signer: Signer, *, bucket: str, base: str, endpoint: str) -> None:
+    def __init__(
+        self,
+        http: HttpClient,
+        signer: RequestSigner,
+        *,
+        bucket: str,
+        base: str,
+        endpoint: str,
+        dialect: Dialect = S3_DIALECT,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         """Use `connect` instead.
 
         Args:
             base: URL of the bucket, without a slash at the end.
             endpoint: as the user gave it; empty for AWS itself.
+            headers: of every request.
         """
+        self.dialect = dialect
+        self._headers = dict(headers or {})
         self.bucket = bucket
         self.signer = signer
         self.endpoint = endpoint
@@ -145,10 +178,15 @@ class S3Client:
         connections: int = 8,
         timeouts: Timeouts | None = None,
         on_alive: Callable[[], None] = lambda: None,
+        signer: RequestSigner | None = None,
+        dialect: Dialect = S3_DIALECT,
+        headers: Mapping[str, str] | None = None,
     ) -> S3Client:
         """Find credentials, endpoint and region. Sends nothing to the store.
 
         Args:
+            signer: instead of the AWS chain's credentials.
+            headers: of every request.
             endpoint: `https://host[:port]`; else AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, else AWS in `region`.
             connections: how many requests may be under way at once.
         Raises:
@@ -166,7 +204,7 @@ class S3Client:
                 operation="plan",
                 hint="Write https://HOST or http://HOST:PORT, without bucket or path.",
             )
-        signer = await find_signer(region)
+        signer = signer or await find_signer(region)
         if _is_virtual(addressing, parts.hostname, bucket, parts.scheme):
             origin = f"{parts.scheme}://{bucket}.{parts.netloc}"
             base = origin
@@ -174,7 +212,11 @@ class S3Client:
             base = f"{origin}/{quote(bucket, safe='-_.~')}"
         trusted = ca_file or (Path(around.ca_file) if around.ca_file else None)
         http = HttpClient(origin, connections=connections + 2, ca_file=trusted, timeouts=timeouts, on_alive=on_alive)
-        return cls(http, signer, bucket=bucket, base=base, endpoint=given)
+        return cls(http, signer, bucket=bucket, base=base, endpoint=given, dialect=dialect, headers=headers)
+
+    def uri(self, key: str) -> str:
+        """Of an object."""
+        return f"{self.dialect.scheme}://{self.bucket}/{key}"
 
     @property
     def limits(self) -> PartLimits:
@@ -216,7 +258,7 @@ class S3Client:
         if query:
             url += "?" + "&".join(f"{quote(k, safe='-_.~')}={quote(v, safe='-_.~')}" for k, v in sorted(query.items()))
         plain = body if isinstance(body, bytes) else b"" if body is None else None
-        signed = await self.signer.sign(method, url, headers or {}, plain)
+        signed = await self.signer.sign(method, url, {**self._headers, **(headers or {})}, plain)
         sent = BytesBody(body) if isinstance(body, bytes) else body
         reply = await self._http.request(method, url, signed, sent, operation=operation, reply_max=reply_max)
         self._note_time(reply)
@@ -289,7 +331,8 @@ class S3Client:
         """The state of an object; None where there is no such key (or no such bucket)."""
         query = {"versionId": version} if version else None
         try:
-            reply = await self.send("head", "HEAD", key, query=query, headers={"x-amz-checksum-mode": "ENABLED"})
+            mode = {} if self.dialect.google else {"x-amz-checksum-mode": "ENABLED"}
+            reply = await self.send("head", "HEAD", key, query=query, headers=mode)
         except S3Error as error:
             if error.status == 404:
                 return None
@@ -297,11 +340,11 @@ class S3Client:
         return ObjectState(
             size=int(reply.header("content-length") or 0),
             etag=reply.header("etag").strip('"'),
-            version=reply.header("x-amz-version-id").replace("null", ""),
+            version="" if self.dialect.google else reply.header("x-amz-version-id").replace("null", ""),
             crc64nvme=reply.header("x-amz-checksum-crc64nvme"),
-            crc32c=reply.header("x-amz-checksum-crc32c"),
+            crc32c=reply.header("x-amz-checksum-crc32c") or google_hash(reply, "crc32c"),
             modified=reply.header("last-modified"),
-            encrypted=reply.header("x-amz-server-side-encryption") not in ("", "AES256"),
+            encrypted=self.dialect.google or reply.header("x-amz-server-side-encryption") not in ("", "AES256"),
         )
 
     async def look(self) -> None:
@@ -542,6 +585,8 @@ async def open_reader(
     ca_file: Path | None = None,
     addressing: Addressing = "auto",
     timeouts: Timeouts | None = None,
+    signer: RequestSigner | None = None,
+    dialect: Dialect = S3_DIALECT,
 ) -> AsyncIterator[S3RangeReader]:
     """Open a stored object for random reads.
 
@@ -552,7 +597,7 @@ async def open_reader(
         PlanError: no credentials, or not such a URL.
         StoreError: there is no such object, or the store does not let us see it.
     """
-    where = S3Url.parse(url)
+    where = S3Url.parse(url, dialect.scheme)
     retry = Retry(RetryPolicy(), clock=RealClock(), emit=lambda event: None, stage="read")
     client = await S3Client.connect(
         where.bucket,
@@ -562,6 +607,8 @@ async def open_reader(
         addressing=addressing,
         timeouts=timeouts,
         on_alive=retry.alive,
+        signer=signer,
+        dialect=dialect,
     )
     try:
         state = await retry.call("head", lambda: head_or_reason(client, where.key))
@@ -586,6 +633,12 @@ async def head_or_reason(client: S3Client, key: str) -> ObjectState | None:
     if found is None:
         await client.look()
     return found
+
+
+def google_hash(reply: Reply, name: str) -> str:
+    """A value of `x-goog-hash: crc32c=...,md5=...`, base64; empty where it is missing."""
+    pairs = (pair.strip().partition("=") for pair in reply.header("x-goog-hash").split(","))
+    return next((value for key, _, value in pairs if key == name), "")
 
 
 def md5_text(data: Buffer) -> str:

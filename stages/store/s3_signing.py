@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import anyio.to_thread
 import botocore.auth
@@ -37,6 +37,24 @@ class Surroundings:
     endpoint: str
     region: str
     ca_file: str
+
+
+class RequestSigner(Protocol):
+    """Whoever makes requests ours: by a signature, or by a token."""
+
+    @property
+    def region(self) -> str:
+        """That requests are signed for."""
+        ...
+
+    @property
+    def source(self) -> str:
+        """Where the credentials come from, for people: never a secret."""
+        ...
+
+    async def sign(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None) -> dict[str, str]:
+        """All the headers of a request; sign anew for each attempt. `body` is None for that of a part."""
+        ...
 
 
 class Signer:
@@ -67,6 +85,11 @@ class Signer:
         request.context["client_config"] = _UNSIGNED if body is None else _SIGNED
         botocore.auth.S3SigV4Auth(frozen, "s3", self.region).add_auth(request)
         return {str(name): str(value) for name, value in request.headers.items()}
+
+
+def key_signer(access_key: str, secret_key: str, region: str, source: str) -> Signer:
+    """Signs with one pair of keys; `source` says where they come from."""
+    return Signer(botocore.credentials.Credentials(access_key, secret_key, method=source), region)
 
 
 _METHODS = {

@@ -194,7 +194,7 @@ class WebClient:
         return WebFile(
             size=int(total) if total.isdigit() else -1,
             etag=reply.header("etag"),
-            modified=_date_s(reply.header("last-modified")),
+            modified=date_s(reply.header("last-modified")),
         )
 
     async def put(self, url: str, body: SendBody, headers: Mapping[str, str], operation: str = "put") -> Reply:
@@ -253,13 +253,14 @@ class WebClient:
             file = WebFile(
                 size=int(size) if size.isdigit() else -1,
                 etag=entry.findtext(".//{DAV:}getetag") or "",
-                modified=_date_s(entry.findtext(".//{DAV:}getlastmodified") or ""),
+                modified=date_s(entry.findtext(".//{DAV:}getlastmodified") or ""),
             )
             found.append((path.rpartition("/")[2], file))
         return found
 
 
-def _date_s(text: str) -> float:
+def date_s(text: str) -> float:
+    """Seconds since 1970 of an HTTP date; 0 where there is none."""
     try:
         return email.utils.parsedate_to_datetime(text).timestamp() if text else 0.0
     except (TypeError, ValueError):

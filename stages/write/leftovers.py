@@ -23,6 +23,7 @@ from stages.write.partial import is_partial
 
 if TYPE_CHECKING:
     from pipeline.flow.retry import Retry
+    from stages.store.azure import AzureClient, ListedBlob
     from stages.store.s3 import S3Client
     from stages.store.sftp import SftpClient
     from stages.store.webdav import WebClient, WebFile
@@ -77,10 +78,12 @@ async def place_of(url: str, *, endpoint: str = "") -> AsyncIterator[Place]:
     """
     scheme = url.partition("://")[0] if "://" in url else "file"
     async with AsyncExitStack() as stack:
-        if scheme == "s3":
+        if scheme in ("s3", "gs"):
             yield await stack.enter_async_context(_bucket(url, endpoint))
         elif scheme == "sftp":
             yield await stack.enter_async_context(_remote_folder(url))
+        elif scheme == "az":
+            yield await stack.enter_async_context(_container(url, endpoint))
         elif scheme in ("http", "https", "dav", "davs"):
             yield await stack.enter_async_context(_web_folder(url))
         elif scheme == "file":
@@ -90,13 +93,13 @@ async def place_of(url: str, *, endpoint: str = "") -> AsyncIterator[Place]:
                 f"runs leave nothing behind under {scheme}: URLs",
                 operation="uploads",
                 url=url,
-                hint="A path, or a URL that begins with s3://, sftp://, dav(s)://, http(s):// or file://.",
+                hint="A path, or a URL that begins with s3://, gs://, az://, sftp://, dav(s)://, http(s):// or file://.",
             )
 
 
 def names_many(url: str) -> bool:
     """Whether the URL stands for everything below it."""
-    return url.endswith("/") or (url.startswith("s3://") and not urlsplit(url).path)
+    return url.endswith("/") or (url.startswith(("s3://", "gs://", "az://")) and not urlsplit(url).path)
 
 
 class _Folder:
@@ -199,6 +202,75 @@ class _RemoteFolder:
 
 
 @asynccontextmanager
+async def _container(url: str, endpoint: str) -> AsyncIterator[Place]:
+    from pipeline.flow.retry import Retry, RetryPolicy
+    from pipeline.flow.stage import RealClock
+    from stages.store.azure import AzureClient
+    from stages.store.azure_access import find_access
+
+    container, _, name = url.removeprefix("az://").partition("/")
+    if not container:
+        raise PlanError(f'"{url}" does not name a container', operation="uploads", hint="Write az://CONTAINER/NAME.")
+    retry = Retry(RetryPolicy(), clock=RealClock(), emit=lambda event: None, stage="uploads")
+    client = AzureClient.connect(container, find_access(endpoint=endpoint), on_alive=retry.alive)
+    try:
+        yield _Container(client, retry, name, is_prefix=names_many(url))
+    finally:
+        await client.close()
+
+
+class _Container:
+    """Blobs of one name, or with a prefix, that have blocks alone, or are pages still being written."""
+
+    def __init__(self, client: AzureClient, retry: Retry, name: str, *, is_prefix: bool) -> None:
+        self._client = client
+        self._retry = retry
+        self._name = name
+        self._is_prefix = is_prefix
+
+    def now(self) -> float:
+        """This machine's clock."""
+        return time.time()
+
+    async def find(self) -> list[Leftover]:
+        """Every one, the oldest first. Raises StoreError."""
+        from stages.store.azure import STATE
+
+        blobs = await self._retry.call("list", lambda: self._client.listed(self._name))
+        found = []
+        for blob in blobs:
+            if not self._is_prefix and blob.name != self._name:
+                continue
+            if blob.metadata.get(STATE) == "writing":
+                found.append(self._leftover(blob, None, blob.size))
+            elif not blob.etag or not blob.size:
+                name = blob.name
+                blocks = await self._retry.call("list_parts", lambda n=name: self._client.blocks(n, committed=False))  # type: ignore[misc]
+                if blocks:
+                    found.append(self._leftover(blob, len(blocks), sum(size for _, size in blocks)))
+        return sorted(found, key=lambda one: one.started)
+
+    def _leftover(self, blob: ListedBlob, parts: int | None, size: int) -> Leftover:
+        async def remove() -> None:
+            from stages.write.azure_upload import discard_blocks
+
+            if parts is None:
+                await self._retry.call("abort", lambda: self._client.delete(blob.name, blob.etag))
+            else:
+                await self._retry.call("abort", lambda: discard_blocks(self._client, blob.name))
+
+        return Leftover(
+            uri=self._client.uri(blob.name),
+            upload_id=blob.name,
+            started=blob.modified,
+            parts=parts,
+            size=size,
+            command=self._client.command("delete", blob.name),
+            remove=remove,
+        )
+
+
+@asynccontextmanager
 async def _web_folder(url: str) -> AsyncIterator[Place]:
     from pipeline.flow.retry import Retry, RetryPolicy
     from pipeline.flow.stage import RealClock
@@ -261,11 +333,17 @@ async def _bucket(url: str, endpoint: str) -> AsyncIterator[Place]:
     from pipeline.flow.stage import RealClock
     from stages.store.s3 import S3Client
 
-    bucket, _, key = url.removeprefix("s3://").partition("/")
+    scheme, _, rest = url.partition("://")
+    bucket, _, key = rest.partition("/")
     if not bucket:
-        raise PlanError(f'"{url}" does not name a bucket', operation="uploads", hint="Write s3://BUCKET/NAME.")
+        raise PlanError(f'"{url}" does not name a bucket', operation="uploads", hint=f"Write {scheme}://BUCKET/NAME.")
     retry = Retry(RetryPolicy(), clock=RealClock(), emit=lambda event: None, stage="uploads")
-    client = await S3Client.connect(bucket, endpoint=endpoint, on_alive=retry.alive)
+    if scheme == "gs":
+        from stages.store.gcs import connect_parts
+
+        client = await connect_parts(bucket, endpoint, on_alive=retry.alive)
+    else:
+        client = await S3Client.connect(bucket, endpoint=endpoint, on_alive=retry.alive)
     try:
         yield _Bucket(client, retry, key, is_prefix=names_many(url))
     finally:
@@ -296,7 +374,7 @@ class _Bucket:
             parts, size = await self._held(key, upload.upload_id)
             found.append(
                 Leftover(
-                    uri=f"s3://{client.bucket}/{key}",
+                    uri=client.uri(key),
                     upload_id=upload.upload_id,
                     started=upload.initiated,
                     parts=parts,

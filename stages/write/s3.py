@@ -7,12 +7,13 @@ bring it back.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+from urllib.parse import quote, urlencode
 
 from anyio import move_on_after
 
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
     from pipeline.flow.pacing import Pacer
     from pipeline.flow.retry import Retry, RetryPolicy
     from stages.store.http import Timeouts
-    from stages.store.s3 import ObjectState, S3Client
+    from stages.store.s3 import Dialect, ObjectState, S3Client
+    from stages.store.s3_signing import RequestSigner
     from stages.write.driver import DriverPlan
     from stages.write.s3_upload import S3Upload
     from stages.write.shapes import PartUpload
@@ -76,8 +78,23 @@ class Options:
         doc="Bucket in the path or in the host name; auto is the host name except for addresses and localhost.",
         may_change=True,
     )
+    part_sizes: Literal["growing", "equal"] = option(
+        "growing", doc="equal: all parts but the last have one length, as some stores want it (Cloudflare R2 is known)."
+    )
+    storage_class: str = option("", doc='Of the object, as in "STANDARD_IA"; else the bucket\'s own.')
+    encryption: Literal["", "AES256", "aws:kms"] = option(
+        "", doc="On the store's side, asked for expressly; else as the bucket says."
+    )
+    kms_key: str = option("", doc="The key for aws:kms; else the account's own.")
+    acl: str = option("", doc='A canned ACL for the object, as in "bucket-owner-full-control".')
+    tags: dict[str, str] | None = option(None, doc="Tags of the object.")
+    requester_pays: bool = option(False, doc="Agree to pay for requests to a bucket of somebody else.")
     attempts: int = option(6, doc="How often a request is sent when the store fails for a moment.", may_change=True)
     rate_limit: Size | None = option(None, doc='Send at most this much a second, as in "40 MiB".', may_change=True)
+
+    def __post_init__(self) -> None:
+        if self.kms_key and self.encryption != "aws:kms":
+            raise ValueError('kms_key belongs to encryption = "aws:kms"')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,10 +120,13 @@ class S3Writer:
         timeouts: Timeouts | None = None,
         retry_policy: RetryPolicy | None = None,
         wrap: Callable[[PartUpload], PartUpload] = lambda upload: upload,
+        dialect: Dialect | None = None,
+        find_signer: Callable[[], Awaitable[RequestSigner]] | None = None,
     ) -> None:
         """Prepare it; nothing is sent.
 
         Args:
+            dialect, find_signer: for stores whose S3 is not quite AWS's; else AWS's own.
             timeouts, retry_policy: for tests, instead of the usual ones.
             wrap: for tests: called with the upload, returns one of the same shape (`Faulty`).
         """
@@ -115,9 +135,17 @@ class S3Writer:
         self._timeouts = timeouts
         self._retry_policy = retry_policy
         self._wrap = wrap
+        self._given_dialect = dialect
+        self._find_signer = find_signer
         self._planned: _Planned | None = None
         self._manifest: bytes | None = None
         self._conditional = True  # until the store says that it does not know If-None-Match
+
+    @property
+    def _dialect(self) -> Dialect:
+        from stages.store.s3 import S3_DIALECT
+
+        return self._given_dialect or S3_DIALECT
 
     # -- planning --------------------------------------------------------------------------------------------------
 
@@ -128,7 +156,7 @@ class S3Writer:
         from stages.write.driver import plan_driver
 
         options = self._options
-        where = S3Url.parse(options.url)
+        where = S3Url.parse(options.url, self._dialect.scheme)
         if options.parts_in_flight < 1 or options.attempts < 1:
             raise PlanError("parts_in_flight and attempts are at least 1", operation="plan")
         pacer = Pacer(
@@ -140,7 +168,8 @@ class S3Writer:
         )
         await self.close()
         client, retry = await self._connect(where.bucket)
-        plan = plan_driver(client.limits, request, parts_in_flight=options.parts_in_flight)
+        limits = replace(client.limits, equal=client.limits.equal or options.part_sizes == "equal")
+        plan = plan_driver(limits, request, parts_in_flight=options.parts_in_flight)
         sink = plan.sink
         if options.checksum == "crc32c" and sink.boundaries:
             raise PlanError(
@@ -158,14 +187,17 @@ class S3Writer:
                 self._planned = replace(self._planned, upload=self._make_upload(client, where.key))
         if journal is None or not journal.upload:
             await self._look_at_target(self._planned)
-        checksum = (
-            "CRC64NVME, or MD5 where the store does not know it" if options.checksum == "auto" else options.checksum
-        )
+        checksum = "CRC64NVME, or MD5 where the store does not know it"
+        checksum = "MD5, and CRC32C of the whole" if client.dialect.google else checksum
         return SinkPlan(
             boundaries=sink.boundaries,
             held_bytes=sink.held_bytes,
             own_bytes=sink.own_bytes,
-            summary=(*sink.summary, ("checksum of each part", checksum), ("credentials", client.signer.source)),
+            summary=(
+                *sink.summary,
+                ("checksum of each part", checksum if options.checksum == "auto" else options.checksum),
+                ("credentials", client.signer.source),
+            ),
             resume_at=resume_at,
         )
 
@@ -185,8 +217,23 @@ class S3Writer:
             connections=options.parts_in_flight,
             timeouts=self._timeouts,
             on_alive=retry.alive,
+            signer=await self._find_signer() if self._find_signer else None,
+            dialect=self._dialect,
+            headers={"x-amz-request-payer": "requester"} if options.requester_pays else None,
         )
         return client, retry
+
+    def _object_headers(self) -> dict[str, str]:
+        options = self._options
+        headers = {
+            "x-amz-storage-class": options.storage_class,
+            "x-amz-server-side-encryption": options.encryption,
+            "x-amz-server-side-encryption-aws-kms-key-id": options.kms_key,
+            "x-amz-acl": options.acl,
+            "x-amz-tagging": urlencode(options.tags or {}, quote_via=quote),
+        }
+        prefix = "x-goog-" if self._dialect.sends_hash else "x-amz-"
+        return {name.replace("x-amz-", prefix): value for name, value in headers.items() if value}
 
     def _make_upload(self, client: S3Client, key: str) -> S3Upload:
         from stages.write.s3_upload import S3Upload
@@ -199,6 +246,7 @@ class S3Writer:
             clock=self._context.clock,
             emit=self._context.emit,
             stage=self._context.name,
+            headers=self._object_headers(),
         )
 
     async def _go_on(self, planned: _Planned, journal: UploadJournal) -> int:
@@ -273,7 +321,7 @@ class S3Writer:
                     raise PlanError(
                         "the target exists",
                         operation="plan",
-                        uri=f"s3://{client.bucket}/{key}",
+                        uri=client.uri(key),
                         size=found.size,
                         hint="Choose another name, or set overwrite = true in write.s3.",
                     )
@@ -337,7 +385,7 @@ class S3Writer:
         """The manifest that stands beside the target; None where there is none. Raises StoreError."""
         from stages.store.s3 import S3Error, S3Url, head_or_reason
 
-        where = S3Url.parse(self._options.url)
+        where = S3Url.parse(self._options.url, self._dialect.scheme)
         key = where.key + MANIFEST_SUFFIX
         client, retry = await self._connect(where.bucket)
 
@@ -361,7 +409,7 @@ class S3Writer:
         planned = self._after_planning()
         self._manifest = manifest
         await planned.retry.call("put_manifest", lambda: self._put_manifest(manifest))
-        return f"s3://{planned.client.bucket}/{planned.key + MANIFEST_SUFFIX}"
+        return planned.client.uri(planned.key + MANIFEST_SUFFIX)
 
     async def _put_manifest(self, manifest: bytes) -> None:
         from pipeline.flow.grace import with_grace
@@ -374,11 +422,12 @@ class S3Writer:
             if await self._manifest_is_there():
                 return
             if self._conditional:
-                headers["If-None-Match"] = "*"
+                headers |= client.dialect.absent
         try:
             await with_grace(lambda: client.put_text(key, manifest, headers), GRACE_S)
         except S3Error as error:
-            if "If-None-Match" in headers and is_unknown_header(error):
+            is_conditional = bool(client.dialect.absent) and client.dialect.absent.items() <= headers.items()
+            if is_conditional and is_unknown_header(error):
                 self._conditional = False
                 await self._put_manifest(manifest)
             elif not (error.status in (409, 412) and not error.temporary and await self._manifest_is_there()):
@@ -394,7 +443,7 @@ class S3Writer:
         raise StoreError(
             "a manifest appeared beside the target while the image was written",
             operation="put_manifest",
-            uri=f"s3://{planned.client.bucket}/{key}",
+            uri=planned.client.uri(key),
             hint="Somebody else wrote it; it was left alone. Choose another name.",
         )
 
@@ -402,7 +451,7 @@ class S3Writer:
         from stages.store.s3 import md5_hex
 
         manifest = self._manifest or b""
-        # An ETag made with a key of the store's is no MD5: then the size has to do, with a name nobody had before.
+        # An ETag that is no MD5 says nothing: then the size has to do, with a name nobody had before.
         return found.size == len(manifest) and (found.encrypted or found.etag == md5_hex(manifest))
 
     async def withdraw(self) -> None:

@@ -29,7 +29,7 @@ from stages.store.digests import (
     composite_md5,
 )
 from stages.store.http import Reply
-from stages.store.s3 import ObjectState, OpenUpload, S3Client, S3Error, reply_text
+from stages.store.s3 import ObjectState, OpenUpload, S3Client, S3Error, google_hash, reply_text
 from stages.write.shapes import Body, Sealed, StoredPart
 
 Checksum = Literal["auto", "crc64nvme", "crc32c", "md5"]
@@ -57,12 +57,15 @@ class S3Upload:
         clock: Clock,
         emit: Callable[[Event], None],
         stage: str,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         """Prepare it; nothing is sent.
 
         Args:
             overwrite: replace whatever has the key when the object is sealed.
+            headers: that the object is made with: encryption, class, tags.
         """
+        self._object_headers = dict(headers or {})
         self._client = client
         self._key = key
         self._overwrite = overwrite
@@ -76,6 +79,8 @@ class S3Upload:
             "crc32c": Algorithm.CRC32C,
             "md5": Algorithm.MD5,
         }[checksum]
+        if client.dialect.google:  # each part by its MD5, the whole by its CRC32C
+            self._algorithms = Algorithm.MD5 | Algorithm.CRC32C
         self._full_object = False
         self._conditional = not overwrite
         self.known_uploads: frozenset[str] | None = None
@@ -90,8 +95,8 @@ class S3Upload:
 
     @property
     def uri(self) -> str:
-        """`s3://bucket/key`."""
-        return f"s3://{self._client.bucket}/{self._key}"
+        """`s3://bucket/key`, or as its dialect has it."""
+        return self._client.uri(self._key)
 
     @property
     def algorithms(self) -> Algorithm:
@@ -153,8 +158,10 @@ class S3Upload:
         """CreateMultipartUpload; once, however often it is called. Raises StoreError."""
         if self._upload_id:
             return self._upload_id
-        headers = {"Content-Type": "application/octet-stream"}
-        if Algorithm.CRC64NVME in self._algorithms:
+        headers = {"Content-Type": "application/octet-stream", **self._object_headers}
+        if self._client.dialect.google:
+            pass
+        elif Algorithm.CRC64NVME in self._algorithms:
             headers |= {"x-amz-checksum-algorithm": "CRC64NVME", "x-amz-checksum-type": "FULL_OBJECT"}
         elif Algorithm.CRC32C in self._algorithms:
             headers |= {"x-amz-checksum-algorithm": "CRC32C"}
@@ -170,7 +177,7 @@ class S3Upload:
                 self._use_md5(str(error))
                 return await self.open()
             raise
-        if self._checksum == "auto":
+        if self._checksum == "auto" and not self._client.dialect.google:
             if reply.header("x-amz-checksum-algorithm").upper() == "CRC64NVME":
                 self._algorithms = Algorithm.CRC64NVME
             else:
@@ -228,6 +235,9 @@ class S3Upload:
     def _sum_headers(self, sums: Sums | None) -> dict[str, str]:
         if sums is None:
             return {}
+        if self._client.dialect.google:
+            hashed = {"x-goog-hash": f"crc32c={sums.crc32c_text}"} if self._client.dialect.sends_hash else {}
+            return {"Content-MD5": sums.md5_text, **hashed}
         headers = {
             "x-amz-checksum-crc64nvme": sums.crc64nvme_text,
             "x-amz-checksum-crc32c": sums.crc32c_text,
@@ -238,10 +248,14 @@ class S3Upload:
     def _compare(self, reply: Reply, sums: Sums, *, operation: str, number: int | None = None) -> None:
         """Look at what the store says that it got. Raises StoreError where that is not what was sent."""
         etag = reply.header("etag").strip('"').lower()
-        is_md5 = len(etag) == 32 and reply.header("x-amz-server-side-encryption") in ("", "AES256")
+        is_md5 = (
+            len(etag) == 32
+            and not self._client.dialect.google
+            and reply.header("x-amz-server-side-encryption") in ("", "AES256")
+        )
         pairs = (
             ("CRC64NVME", sums.crc64nvme_text, reply.header("x-amz-checksum-crc64nvme")),
-            ("CRC32C", sums.crc32c_text, reply.header("x-amz-checksum-crc32c")),
+            ("CRC32C", sums.crc32c_text, reply.header("x-amz-checksum-crc32c") or google_hash(reply, "crc32c")),
             ("MD5", sums.md5.hex() if sums.md5 else "", etag if is_md5 else ""),
         )
         for name, ours, theirs in pairs:
@@ -262,7 +276,12 @@ class S3Upload:
         self._expected, self._in_parts = (sums,), False
 
         async def put() -> Reply:
-            headers = {"Content-Type": "application/octet-stream", **self._sum_headers(sums), **self._condition()}
+            headers = {
+                "Content-Type": "application/octet-stream",
+                **self._object_headers,
+                **self._sum_headers(sums),
+                **self._condition(),
+            }
             if self._algorithms == Algorithm.MD5:
                 headers.pop("x-amz-checksum-crc64nvme", None)
             return await self._client.put(self._key, body, headers)
@@ -287,7 +306,7 @@ class S3Upload:
         return await self._publish(complete, "seal", size)
 
     def _condition(self) -> dict[str, str]:
-        return {"If-None-Match": "*"} if self._conditional else {}
+        return dict(self._client.dialect.absent) if self._conditional else {}
 
     async def _publish(self, request: Callable[[], Awaitable[Reply]], operation: str, size: int) -> Sealed:
         """Send the request that makes the object visible, and find out what became of it when that is not clear."""
@@ -395,7 +414,7 @@ class S3Upload:
             whole = Sums(length=0, crc32c=crc32c).crc32c_text
             composite = composite_crc32c(self._expected) or ""
             proofs.append(("CRC32C", composite if "-" in found.crc32c else whole, found.crc32c))
-        if all(sums.md5 is not None for sums in self._expected) and not found.encrypted:
+        if all(sums.md5 is not None for sums in self._expected) and not found.encrypted and self._expected:
             ours = composite_md5(self._expected) if self._in_parts else (self._expected[0].md5 or b"").hex()
             proofs.append(("ETag (MD5)", ours or "", found.etag.lower()))
         return tuple(proofs)

