@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from difflib import get_close_matches
 
 import click
@@ -67,6 +68,20 @@ class Verbs(click.Group):
 @click.version_option(__version__, prog_name="pipeline")
 def main() -> None:
     """Stream a Linux disk straight into network storage as a verified, cloud-importable image."""
+    _occupy_standard_streams()
+
+
+def _occupy_standard_streams() -> None:
+    """Give closed standard streams to nobody.
+
+    Else the next files that are opened get their numbers, and what a library or a child process says on stderr ends
+    up inside the image.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
 
 
 if __name__ == "__main__":

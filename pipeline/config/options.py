@@ -155,6 +155,8 @@ def _convert_one(value: object, kind: Any) -> Any:
                 raise ValueError(f"the environment variable {value['env']} is not set")
             return Secret(value["env"], found)
         raise ValueError('a secret is written { env = "NAME" }, never as text in the file')
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError("a NUL character can't be part of it")  # no path, argument or header can hold one
     if kind is Path:
         if isinstance(value, str) and value:
             return Path(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,8 @@ from pipeline.units import MiB, Size, format_size
 
 # Below this not even one window a stage, one part and a table of a large disk fit beside each other.
 MEMORY_MIN = Size(32 * MiB)
+# A name stands in file names, beside the target's own; filesystems take 255 bytes.
+_NAME_MAX = 100
 # An export file is a page of text. Whoever names a disk image here should be told, not wait until it is read.
 FILE_MAX = MiB
 # From this likeness on a name is offered instead. Lower, and "target" is taken for "stage"; higher, and slips are lost.
@@ -336,6 +339,9 @@ class _Reader:
             self._value_fault(table, "name", "name: this can't name a run", 'a short word such as "web01"')
         elif "/" in options.name:
             self._value_fault(table, "name", "name: a / is not allowed", "it becomes part of file names")
+        elif (length := len(os.fsencode(options.name))) > _NAME_MAX:
+            reason = f"name: {length} bytes are too long; at most {_NAME_MAX}"
+            self._value_fault(table, "name", reason, "it becomes part of file names")
 
     def _stages(self) -> tuple[tuple[StageConfig, ...], bool]:
         entries = self._document.get("stage", [])

@@ -20,7 +20,15 @@ import anyio
 
 from pipeline import __version__
 from pipeline.config.options import without_secrets
-from pipeline.errors import KeptError, LeftBehindError, PipelineError, StageError, VerificationError, first_error
+from pipeline.errors import (
+    KeptError,
+    LeftBehindError,
+    PipelineError,
+    StageError,
+    VerificationError,
+    first_error,
+    leaves,
+)
 from pipeline.events import (
     EventStream,
     FallbackTaken,
@@ -325,8 +333,15 @@ def _check_conservation(plan: RunPlan, channels: list[Channel[Any]]) -> None:
 
 
 def _worth_telling(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The one error of a failed transfer; a cancellation from outside stays one."""
-    return first_error(group)
+    """The one error of a failed transfer; a cancellation from outside stays one.
+
+    A writer that could not clean up knows only that it was cancelled. What made the run fail is beside it in the group.
+    """
+    error = first_error(group)
+    if isinstance(error, LeftBehindError) and not isinstance(error.cause, Exception):
+        causes = [other for other in leaves(group) if other is not error and isinstance(other, Exception)]
+        error.cause = first_error(ExceptionGroup("causes", causes)) if causes else error.cause
+    return error
 
 
 @dataclass

@@ -17,16 +17,24 @@ def check_place(path: Path, *, asked_by: str) -> None:
     Raises:
         ConfigError: its folder does not exist or can't be written, or a folder has the name.
     """
-    folder = path.absolute().parent
-    reason, hint = "", ""
-    if not folder.is_dir():
-        reason, hint = f"the folder {folder} does not exist", f"Make it: mkdir -p {folder}"
-    elif path.is_dir():
-        reason, hint = f"{path} is a folder", "Name the file itself."
-    elif not os.access(folder, os.W_OK | os.X_OK):
-        reason = f"the folder {folder} can't be written"
+    try:
+        reason, hint = _why_not(path, path.absolute().parent)
+    except OSError as error:  # the name is too long, a folder on the way may not be entered
+        reason, hint = f"{path} can't be written: {os.strerror(error.errno or 0)}", ""
     if reason:
         raise ConfigError([Fault(reason=reason, hint=hint, file=asked_by)])
+
+
+def _why_not(path: Path, folder: Path) -> tuple[str, str]:
+    """Reason and way out; both empty where a file could be written. Raises OSError."""
+    if not folder.is_dir():
+        return f"the folder {folder} does not exist", f"Make it: mkdir -p {folder}"
+    if path.is_dir():
+        return f"{path} is a folder", "Name the file itself."
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return f"the folder {folder} can't be written", ""
+    _unfinished(path).exists()
+    return "", ""
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -34,8 +42,7 @@ def replace_file(path: Path, text: str) -> None:
 
     Readable by everybody whom the umask allows: collectors and browsers run as somebody else.
     """
-    # A leading dot and no suffix of its own: node exporter reads every *.prom in the folder.
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.new")
+    unfinished = _unfinished(path)
     try:
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(path)
@@ -43,3 +50,8 @@ def replace_file(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
         raise
+
+
+def _unfinished(path: Path) -> Path:
+    # A leading dot and no suffix of its own: node exporter reads every *.prom in the folder.
+    return path.with_name(f".{path.name}.{os.getpid()}.new")

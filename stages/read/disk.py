@@ -258,7 +258,8 @@ class DiskReader:
             )
 
     def _open(self) -> SourceInfo:
-        self._map_fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        # Non-blocking: opening a pipe that nobody writes to would never return. It changes nothing for disks and files.
+        self._map_fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         status = os.fstat(self._map_fd)
         self._is_device = stat.S_ISBLK(status.st_mode)
         sector = 512

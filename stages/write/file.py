@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import PlanError, StoreError
+from pipeline.errors import LeftBehindError, PlanError, StoreError
 from pipeline.events import FallbackTaken, UploadRemoved
 from pipeline.flow.buffers import Pool
 from pipeline.flow.channels import Inlet, Outlet
@@ -83,7 +83,14 @@ class FileWriter:
     async def plan(self, request: SinkRequest) -> SinkPlan:
         """Look at folder, target and free space. Raises PlanError."""
         resume_at = self._go_on(self._journal) if self._journal is not None and self._journal.upload else 0
-        free = await in_thread(self._context.threads, lambda: self._look(request))
+        try:
+            free = await in_thread(self._context.threads, lambda: self._look(request))
+        except OSError as error:  # a folder on the way may not be entered, a name is too long, a share is gone
+            raise PlanError(
+                f"can't look at the target: {os.strerror(error.errno or 0)}",
+                path=self._path,
+                hint=_HINTS.get(error.errno or 0, ""),
+            ) from None
         return SinkPlan(
             own_bytes=_STAGING * _STAGINGS,
             summary=(("free space", f"{format_size(free)} in {self._path.parent}"),),
@@ -122,6 +129,13 @@ class FileWriter:
         folder = self._path.parent
         if not folder.is_dir():
             raise PlanError("the target's folder does not exist", path=folder, hint=f"Make it: mkdir -p {folder}")
+        room, longest = os.pathconf(folder, "PC_NAME_MAX"), os.fsencode(self._partial_manifest.name)
+        if len(longest) > room:
+            raise PlanError(
+                f"the target's name is too long by {len(longest) - room} bytes",
+                path=self._path,
+                hint="Shorten it, or the name in [export]: both stand in the name that the file has until the end.",
+            )
         if self._path.is_dir():
             raise PlanError("the target is a folder", path=self._path, hint="Name the image file itself.")
         if self._path.exists() and not self._path.is_file():
@@ -205,8 +219,8 @@ class FileWriter:
         return True
 
     async def abort(self, cause: BaseException) -> None:
-        """Remove the temporary file."""
-        self._remove(self._partial)
+        """Remove the temporary file. Raises LeftBehindError."""
+        self._take_back(cause)
 
     def _create(self) -> None:
         try:
@@ -350,11 +364,32 @@ class FileWriter:
             os.unlink(source)
 
     async def withdraw(self) -> None:
-        """Remove what this run wrote, under either name; never somebody else's file."""
-        for path in (self._partial, self._path):
-            self._remove(path)
+        """Remove what this run wrote, under either name; never somebody else's file. Raises LeftBehindError."""
+        self._take_back(None)
+
+    def _take_back(self, cause: BaseException | None) -> None:
+        """Remove what this run wrote; what can't be removed does not keep the rest."""
+        left, failure = [], None
+        for path, remove in (
+            (self._partial, self._remove),
+            (self._path, self._remove),
+            (self._partial_manifest, self._remove_manifest),
+        ):
+            try:
+                remove(path)
+            except OSError as error:
+                left.append(path)
+                failure = error
+        if failure is not None:
+            raise LeftBehindError(
+                f"removing what was written failed: {os.strerror(failure.errno or 0)}",
+                cause=cause or failure,
+                commands=(shlex.join(["rm", "-f", *map(str, left)]),),
+            ) from cause
+
+    def _remove_manifest(self, path: Path) -> None:
         if self._manifest_begun:
-            self._partial_manifest.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
     def _remove(self, path: Path) -> None:
         try:
@@ -407,6 +442,7 @@ _HINTS = {
     errno.EFBIG: "The target's filesystem does not take files this large. Compress, or choose another target.",
     errno.EROFS: "The target's filesystem is read-only.",
     errno.EACCES: "The folder can't be written by this user.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
     errno.EIO: "The target's medium or share failed; look at the kernel's log (dmesg).",
     errno.ESTALE: "The network share went away; mount it again.",
 }

@@ -103,12 +103,13 @@ class PipeWriter:
                     hint="Install it, or name it with its path. There is no shell: one word a list item.",
                 )
             return SinkPlan(summary=(("command", self._target),))
-        try:
-            is_terminal = os.isatty(1)
-            os.fstat(1)
-        except OSError:
-            raise PlanError("stdout is closed, and the image is to go there", operation="plan") from None
-        if is_terminal:
+        if sys.__stdout__ is None:  # its number may belong to another file by now
+            raise PlanError(
+                "stdout is closed, and the image is to go there",
+                operation="plan",
+                hint="Send it on (pipeline run export.toml | ssh host 'cat > web01.raw'), or set command.",
+            )
+        if os.isatty(1):
             raise PlanError(
                 "stdout is a terminal, and the image is to go there",
                 operation="plan",

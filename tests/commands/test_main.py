@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -107,3 +108,11 @@ def test_a_run_imports_nothing_before_its_first_byte_that_its_chain_does_not_nee
     arguments = [sys.executable, "-c", code, "run", str(toml), "--quiet"]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_closed_standard_streams_are_given_to_no_file() -> None:
+    """Or what a library says on stderr would end up in the image."""
+    script = "from pipeline.__main__ import main; import os, sys; main(['stages', '--json'], standalone_mode=False); "
+    script += "sys.exit(os.open('/', os.O_RDONLY))"
+    done = subprocess.run(f"exec {sys.executable} -c {shlex.quote(script)} <&- >&- 2>&-", shell=True, check=False)
+    assert done.returncode > 2

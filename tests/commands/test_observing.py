@@ -131,6 +131,13 @@ def test_a_folder_in_place_of_the_file_is_told(toml: Path) -> None:
     assert f"{toml.parent}/x.html is a folder" in said.err
 
 
+@pytest.mark.parametrize("length", [300, 255])
+def test_a_name_that_is_too_long_is_told_before_anything_is_touched(toml: Path, length: int) -> None:
+    said = call("run", toml, "--set", f"observe.report={toml.parent}/{'x' * length}")
+    assert said.code == 2
+    assert "can't be written: File name too long" in said.err
+
+
 def test_metrics_that_node_exporter_would_not_read_are_refused(toml: Path) -> None:
     said = call("check", toml, "--set", "observe.prometheus=web01.txt")
     assert said.code == 2

@@ -254,9 +254,16 @@ def test_too_little_memory_is_a_fault(tmp_path: Path) -> None:
     assert load(tmp_path, GOOD.replace("64 MiB", "32 MiB")).export.memory == MEMORY_MIN == 32 * MiB
 
 
-@pytest.mark.parametrize("name", ["", " ", ".hidden", "a\\nb", "a/b"])
+@pytest.mark.parametrize("name", ["", " ", ".hidden", "a\\nb", "a/b", "a" * 101, "\N{SNOWMAN}" * 34])
 def test_a_name_that_cannot_be_part_of_a_file_name_is_a_fault(tmp_path: Path, name: str) -> None:
     assert only(tmp_path, GOOD.replace('"web01"', f'"{name}"'))[0] == 2
+
+
+@pytest.mark.parametrize("option", ["read.disk.path", "write.s3.url", "export.name", "observe.report"])
+def test_a_nul_character_is_a_fault_wherever_it_stands(tmp_path: Path, option: str) -> None:
+    """TOML can write it; no path, header or argument can hold it."""
+    [fault] = faults(tmp_path, GOOD, f'{option}="a\\u0000b"')
+    assert "a NUL character can't be part of it" in fault.reason
 
 
 def test_keep_without_a_journal_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -143,10 +144,12 @@ def test_folder_of_the_target_has_to_be_there(tmp_path: Path, letters: Path) -> 
         (".", ("neither a block device nor a file",)),
         ("/dev/null", ("neither a block device nor a file",)),
         ("empty.raw", ("the source is empty",)),
+        ("pipe", ("neither a block device nor a file",)),
     ],
 )
 def test_source_that_is_no_disk_is_refused(tmp_path: Path, source: str, words: tuple[str, ...]) -> None:
     (tmp_path / "empty.raw").touch()
+    os.mkfifo(tmp_path / "pipe")  # nobody writes to it: opening it the usual way waits for ever
     said = call("run", file_toml(tmp_path, tmp_path / source))
     assert said.code == 2
     assert said.has(*words, source)

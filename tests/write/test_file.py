@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
@@ -10,8 +11,8 @@ from pathlib import Path
 import anyio
 import pytest
 
-from pipeline.errors import PlanError, SourceError, StoreError, VerificationError
-from pipeline.events import Event, FallbackTaken, PartStored, ProgressSampled, UploadOpened
+from pipeline.errors import LeftBehindError, PlanError, SourceError, StoreError, VerificationError
+from pipeline.events import Event, FallbackTaken, ImageSealed, PartStored, ProgressSampled, UploadOpened
 from pipeline.flow.manifest import Manifest
 from pipeline.units import KiB, MiB
 from tests.chains import export, write_toml
@@ -173,8 +174,6 @@ async def test_target_on_the_exported_disk_is_refused(tmp_path: Path, small_moun
 
 
 async def test_without_direct_io_the_image_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import errno
-
     disk = write_disk(tmp_path / "disk", "AB0-A", MiB, 512)
     real = os.open
 
@@ -239,7 +238,7 @@ async def test_flipped_byte_is_found_and_the_image_withdrawn(tmp_path: Path) -> 
 
     class Flipping(list):  # type: ignore[type-arg]
         def append(self, event: Event) -> None:
-            if type(event).__name__ == "ImageSealed":
+            if isinstance(event, ImageSealed):
                 (partial,) = tmp_path.glob(".image*.partial")
                 with open(partial, "r+b") as file:
                     file.seek(2 * MiB + 77)
@@ -251,3 +250,56 @@ async def test_flipped_byte_is_found_and_the_image_withdrawn(tmp_path: Path) -> 
         await export(chain(tmp_path, tmp_path / "image", "verify.readback"), events=Flipping())
     assert "2097152-3145727" in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "export.toml"]
+
+
+@pytest.mark.parametrize("fails", ["source", "verification"])
+async def test_file_that_cannot_be_removed_is_named_with_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    """The share became read-only: what the run says is left has to be all that is left."""
+    disk = write_disk(tmp_path / "disk", "ABCD" * 8, MiB)
+    remove = Path.unlink
+
+    def refusing(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    class Failing(list):  # type: ignore[type-arg]
+        def append(self, event: Event) -> None:
+            if isinstance(event, UploadOpened):
+                monkeypatch.setattr(Path, "unlink", refusing)
+                if fails == "source":
+                    os.truncate(disk, 20 * MiB)
+            elif isinstance(event, ImageSealed):
+                (partial,) = tmp_path.glob(".image*.partial")
+                with open(partial, "r+b") as file:
+                    file.write(b"other")
+
+    with pytest.raises(LeftBehindError, match="removing what was written failed: Read-only file system") as caught:
+        await export(chain(tmp_path, tmp_path / "image", "verify.readback"), events=Failing())
+    monkeypatch.setattr(Path, "unlink", remove)
+    assert isinstance(caught.value.cause, SourceError if fails == "source" else VerificationError)
+    for command in caught.value.commands:
+        subprocess.run(command, shell=True, check=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "export.toml"]
+
+
+@pytest.mark.parametrize("name", ["x" * 225, "x" * 300, "x/" * 3000 + "x", "x" * 300 + "/x"])
+async def test_name_that_no_filesystem_takes_is_refused_in_planning(tmp_path: Path, name: str) -> None:
+    """Also one that fits by itself, but not with what it gets until the image is published."""
+    write_disk(tmp_path / "disk", "A", MiB)
+    with pytest.raises(PlanError, match=r"name is too long|File name too long") as caught:
+        await export(chain(tmp_path, tmp_path / name))
+    assert "horte" in caught.value.hint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "export.toml"]
+
+
+async def test_longest_name_that_is_not_refused_works(tmp_path: Path) -> None:
+    write_disk(tmp_path / "disk", "A", MiB)
+    for length in range(240, 0, -1):
+        try:
+            await export(chain(tmp_path, tmp_path / ("x" * length)))
+        except PlanError:
+            continue
+        break
+    assert length > 180
+    assert (tmp_path / ("x" * length)).read_bytes() == (tmp_path / "disk").read_bytes()

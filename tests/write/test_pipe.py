@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,14 @@ def test_terminal_as_stdout_is_refused(tmp_path: Path) -> None:
     os.close(ours)
     assert done.returncode == 2
     assert "stdout is a terminal" in done.stderr
+
+
+@pytest.mark.parametrize("also", ["", "<&-"])
+def test_closed_stdout_is_refused_whoever_has_its_number_by_now(tmp_path: Path, also: str) -> None:
+    command = f"{shlex.join([*RUN, str(chain(tmp_path))])} >&- {also}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, cwd=TREE)
+    assert done.returncode == 2
+    assert "stdout is closed, and the image is to go there" in done.stderr
 
 
 @pytest.mark.parametrize("verifier", ["verify.readback", "verify.sample", "verify.receipt"])
