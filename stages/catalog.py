@@ -10,9 +10,7 @@ from stages.read import disk, synthetic
 from stages.read import image as image_source
 from stages.sparse import zeros
 from stages.verify import prove, readback, receipt, sample
-from stages.write import device, file, http, nbd, null, pipe, s3, sftp
-from stages.verify import readback, receipt, sample
-from stages.write import azure_block, azure_page, file, gcs, http, null, pipe, s3, sftp
+from stages.write import azure_block, azure_page, device, file, gcs, http, nbd, null, pipe, s3, sftp
 
 CATALOG = Catalog(
     (
