@@ -21,7 +21,7 @@ async def check_firmware(subject: Subject, target: Target) -> AsyncIterator[Outc
     if boots_by is None:
         yield unknown(
             "neither a BIOS loader nor an EFI system partition was found on the disk",
-            remedy=f"{subject.distribution.install_bios_loader} {plain(subject.place)}",
+            remedy=f"{subject.distribution.install_bios_loader} {plain(subject.device)}",
         )
         return
     if subject.live is not None and subject.live.firmware == "uefi" and mode == "bios" and boots_by == "uefi":
@@ -30,7 +30,7 @@ async def check_firmware(subject: Subject, target: Target) -> AsyncIterator[Outc
             "block",
             f"this host was started by UEFI and its disk has no BIOS loader; {profile.name} starts it by BIOS",
             place,
-            command=f"{subject.distribution.install_bios_loader} {plain(subject.place)}",
+            command=f"{subject.distribution.install_bios_loader} {plain(subject.device)}",
         )
     elif boots_by == "uefi" and mode == "bios":
         yield failed(
@@ -92,7 +92,7 @@ async def check_loader(subject: Subject, target: Target) -> AsyncIterator[Outcom
         if code is None:
             yield unknown(f"the disk could not be read: {subject.table_problem}", remedy="Run it as root.")
             return
-        install = f"{subject.distribution.install_bios_loader} {plain(subject.place)}"
+        install = f"{subject.distribution.install_bios_loader} {plain(subject.device)}"
         if code.mbr == "none":
             yield failed("block", "no boot code in the first sector: a BIOS starts nothing", command=install)
             return

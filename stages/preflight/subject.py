@@ -167,6 +167,11 @@ class Subject:
         return self.live is not None
 
     @property
+    def device(self) -> str:
+        """The disk as a command on that system names it; a placeholder for an image."""
+        return self.place if self.place.startswith("/dev/") else "DISK"
+
+    @property
     def has_esp(self) -> bool:
         """Whether the disk has an EFI system partition."""
         return self.table is not None and any(one.type in ESP for one in self.table.partitions)

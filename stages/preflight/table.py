@@ -39,7 +39,7 @@ async def check_table(subject: Subject, target: Target) -> AsyncIterator[Outcome
         yield failed(
             "block",
             f"{subject.place}: {table.problems[0]}",
-            remedy=f"Repair it: `gdisk {subject.place}`, then r (recovery), b or c, v, w.",
+            remedy=f"Repair it: `gdisk {subject.device}`, then r (recovery), b or c, v, w.",
         )
     elif taken and table.kind not in taken and target.kind == "system":
         names = " or ".join(_TITLES[one] for one in taken)
@@ -72,18 +72,18 @@ async def check_gpt(subject: Subject, target: Target) -> AsyncIterator[Outcome]:
     if table.kind in ("mbr", "none"):
         if table.problems:
             for problem in table.problems:
-                yield failed("warn", f"partition table: {problem}", command=f"sfdisk --verify {plain(subject.place)}")
+                yield failed("warn", f"partition table: {problem}", command=f"sfdisk --verify {plain(subject.device)}")
         else:
             yield passed("the partition table is sound")
         return
     if table.kind == "protective":
-        yield failed("block", "both GPT headers are damaged", remedy=f"Repair it with gdisk {subject.place}.")
+        yield failed("block", "both GPT headers are damaged", remedy=f"Repair it with gdisk {subject.device}.")
         return
     for problem in table.problems:
         yield failed(
             "warn",
             f"GPT: {problem}; the export writes a sound one",
-            command=f"sgdisk -e {plain(subject.place)} && sgdisk --verify {plain(subject.place)}",
+            command=f"sgdisk -e {plain(subject.device)} && sgdisk --verify {plain(subject.device)}",
         )
     if not table.problems:
         yield passed("both headers of the GPT are sound")

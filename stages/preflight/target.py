@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from pipeline.config import locate
+from pipeline.config.options import Secret, without_secrets
 from pipeline.config.parse import ExportConfig, StageConfig
 from pipeline.config.wiring import WiredChain
 from pipeline.errors import ConfigError, Fault, PlanError, PreflightError
@@ -167,10 +168,11 @@ def _cut_hint(profile: Profile, size: int) -> str:
 
 def object_name(plan: RunPlan) -> str:
     """What the image will be called over there: the object's name without what is before it."""
-    uri = plan.target_uri
-    if uri.startswith("|"):
+    options = plan.chain.writer.options
+    place = getattr(options, "url", None) or getattr(options, "path", None)
+    if place is None or isinstance(place, Secret):
         return ""
-    path = urlsplit(uri).path if "://" in uri else uri
+    path = urlsplit(str(place)).path if "://" in str(place) else str(place)
     return path.rpartition("/")[2]
 
 
@@ -182,6 +184,8 @@ def wanted_of(plan: RunPlan) -> Wanted | None:
     place = getattr(options, "url", None) or getattr(options, "path", None)
     if place is None:
         return None
+    if isinstance(place, Secret):
+        place = place.reveal()
     format = "raw" if plan.chain.source.name == "read.disk" else getattr(options, "format", "auto")
     return Wanted(place=str(place), format=format, endpoint=getattr(options, "endpoint", ""))
 
@@ -242,10 +246,17 @@ async def gate(profile: Profile, plan: RunPlan, events: EventStream) -> tuple[Fi
             f"{profile.name}: {first.message}"
             + (f" ({', '.join(map(str, first.evidence))})" if first.evidence else ""),
             operation="preflight",
-            hint=f"{blocks} findings block. All of them, and what to do: pipeline preflight {wanted.place} "
+            hint=f"{blocks} findings block. All of them, and what to do: pipeline preflight {_named(plan)} "
             f"--profile {target.profile}\n  To go on all the same: [target] ignore = {_listed(list(ids))}",
         )
     return findings
+
+
+def _named(plan: RunPlan) -> str:
+    """The source as a person would name it again; a secret by where it comes from."""
+    options = plan.chain.source.options
+    place = getattr(options, "url", None) or getattr(options, "path", None)
+    return f'"${place.name}"' if isinstance(place, Secret) else without_secrets(str(place))
 
 
 def _listed(ids: list[str]) -> str:
