@@ -12,10 +12,9 @@ import pwd
 import re
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -26,6 +25,7 @@ import anyio.abc
 from pipeline.units import GiB, KiB, MiB, format_duration, format_size
 from stages.prove.judging import HANDED_OVER, LOGIN, NO_BOOT_CODE, Symptom, find_symptom, plain
 from stages.prove.leash import leashed
+from stages.prove.scratch import scratch_folder
 from stages.prove.screen import is_blank, is_text_mode, png_of, text_of
 from stages.prove.steps import StepResult
 from stages.serve.disk import ServedDisk
@@ -362,8 +362,7 @@ async def _running(disk: ServedDisk, machine: Machine, problems: list[str]) -> A
     """A machine that runs while inside, with the disk served to it, on an overlay that goes with it."""
     user = _nobody()
     layer = open_layer(disk, None, limit=_OVERLAY_MAX)
-    folder = Path(tempfile.mkdtemp(prefix="pipeline-boot-"))
-    try:
+    with scratch_folder() as folder, closing(layer):
         server = NbdServer(layer, on_problem=problems.append)
         socket = folder / "disk"
         listener = listen_on_socket(socket)
@@ -396,9 +395,6 @@ async def _running(disk: ServedDisk, machine: Machine, problems: list[str]) -> A
                     with anyio.move_on_after(_END_S):
                         await process.wait()
             tasks.cancel_scope.cancel()
-    finally:
-        layer.close()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 async def _monitor(path: Path, process: anyio.abc.Process) -> anyio.abc.SocketStream:

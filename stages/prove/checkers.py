@@ -9,9 +9,8 @@ import os
 import re
 import shutil
 import signal
-import tempfile
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -22,6 +21,7 @@ from pipeline.errors import PipelineError
 from pipeline.units import GiB
 from stages.decode.image import Extent
 from stages.prove.leash import leashed
+from stages.prove.scratch import scratch_folder
 from stages.serve.disk import ServedDisk, Span
 from stages.serve.layer import open_layer
 from stages.serve.server import NbdServer, listen_on_socket
@@ -183,10 +183,9 @@ async def _run(checker: Checker, path: Path) -> Checked:
 async def _as_file(part: ServedDisk) -> AsyncIterator[Path]:
     """The disk as a file that may be written, on an overlay that is gone afterwards."""
     layer = open_layer(part, None, limit=_OVERLAY_MAX)
-    folder = Path(tempfile.mkdtemp(prefix="pipeline-check-"))
-    place = folder / "mnt"
-    place.mkdir()
-    try:
+    with scratch_folder() as folder, closing(layer):
+        place = folder / "mnt"
+        place.mkdir()
         server = NbdServer(layer)
         listener = listen_on_socket(folder / "s")
         async with anyio.create_task_group() as tasks:
@@ -213,6 +212,3 @@ async def _as_file(part: ServedDisk) -> AsyncIterator[Path]:
                     with anyio.move_on_after(_START_S):
                         await process.wait()
             tasks.cancel_scope.cancel()
-    finally:
-        layer.close()
-        shutil.rmtree(folder, ignore_errors=True)

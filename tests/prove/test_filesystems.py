@@ -24,7 +24,7 @@ async def checked(path: Path) -> StepResult:
     async with open_disk(NamedImage(place=str(path), format="raw")) as opened:
         result = await check_filesystems(opened.disk)
     assert not before or path.read_bytes() == before
-    assert not [line for line in Path("/proc/mounts").read_text().splitlines() if "pipeline-check-" in line]
+    assert not [line for line in Path("/proc/mounts").read_text().splitlines() if "pipeline-prove-" in line]
     return result
 
 

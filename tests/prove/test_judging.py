@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 from signal import SIGKILL
@@ -18,6 +19,7 @@ from stages.prove.judging import LOGIN, NO_BOOT_CODE, SYMPTOMS, find_symptom, pl
 from stages.prove.leash import leashed
 from stages.prove.proving import ProofReport, parse_steps
 from stages.prove.report import junit, lines_of, page
+from stages.prove.scratch import scratch_folder
 from stages.prove.screen import is_blank, is_text_mode, png_of, text_of
 from stages.prove.steps import STEPS, State, StepName, StepResult, conclude
 
@@ -220,3 +222,16 @@ def test_a_program_on_the_leash_has_its_limits() -> None:
     assert lines[:4] == [str(1 << 20), "7", str((1 << 20) // 512), "0"]
     if os.geteuid() == 0:
         assert lines[4:] == ["65534", "NoNewPrivs:", "1"]
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (tmp_path / f"pipeline-prove-{dead.pid}-abc").mkdir()
+    (tmp_path / f"pipeline-prove-{dead.pid}-abc" / "screen.ppm").touch()
+    (tmp_path / f"pipeline-prove-{os.getppid()}-abc").mkdir()
+    with scratch_folder() as folder:
+        assert folder.stat().st_mode & 0o077 == 0
+        assert sorted(tmp_path.iterdir()) == sorted([folder, tmp_path / f"pipeline-prove-{os.getppid()}-abc"])
+    assert not folder.exists()

@@ -394,3 +394,18 @@ def test_a_pattern_and_a_timeout_decide(disks: Maker) -> None:
     assert said.code == EXIT_FAILED
     assert steps["boot"] == "unknown"
     assert "nothing decisive within" in str(step(said, "boot")["summary"])
+
+
+@pytest.mark.slow
+def test_a_real_debian_is_proven(tmp_path: Path) -> None:
+    """A system that Debian's own tools made: GRUB, initramfs-tools, systemd, cloud-init."""
+    from tests.preflight import debian
+
+    if why := debian.why_not():
+        pytest.skip(why)
+    image = export(debian.make(), tmp_path / "debian12.qcow2", "encode.qcow2")
+    said, steps = prove(image, "--timeout", "100")
+    assert said.code == EXIT_OK, said.out
+    assert steps["boot"] == "passed"
+    assert "login:" in str(step(said, "boot")["summary"])
+    assert said.last("proved")["read_bytes"] < 2 * said.last("proved")["file_bytes"]
