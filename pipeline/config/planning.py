@@ -360,11 +360,10 @@ async def plan_run(
 
 
 def _own_files(config: ExportConfig, chain: WiredChain) -> Iterator[Path]:
-    """Local paths that a run writes to."""
-    yield config.export.manifest or config.file.absolute()
+    """Local paths that a run writes to while it reads; manifest and report come when it has let go of the disk."""
     if config.export.journal != "off":
         yield journal_path(config)
-    for asked in (config.observe.report, config.observe.prometheus, config.observe.log_file):
+    for asked in (config.observe.prometheus, config.observe.log_file):
         if asked is not None:
             yield asked
     target = getattr(chain.writer.options, "path", None)

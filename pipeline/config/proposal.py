@@ -159,8 +159,8 @@ def _source(proposal: Proposal) -> str:
         comments = [
             f"# THIS DISK IS IN USE: {points} can be written while it is read. The image then holds many moments of",
             "# the disk at once; a filesystem in it may need repair, a database may be lost. Better: boot a rescue",
-            "# system, export a snapshot (LVM, the hypervisor, the cloud), or let its filesystems hold still:",
-            '# consistency = "freeze", with the journal, the report and the log on another disk or in /run.',
+            "# system, export a snapshot (LVM, hypervisor, cloud), or let its filesystems hold still meanwhile:",
+            '# consistency = "freeze", with the journal and the log on another disk or in /run.',
         ]
     if proposal.whole_disk:
         comments += [

@@ -339,7 +339,7 @@ class StageContext:
         journal: for writers whose SPEC says `resumable`: where to note the upload; None where the run keeps no journal.
         rounding: for sources: what the target wants of the disk's size; None: nothing is known of it.
         is_rehearsal: the plan is only looked at: nothing is stopped, frozen or made.
-        own_files: local paths that the run writes to while it reads.
+        own_files: local paths that the run writes to while it reads, for a source that holds filesystems still.
     """
 
     name: str

@@ -173,8 +173,8 @@ def refuse_own_files(frozen: Sequence[tuple[str, str]], own: Sequence[Path]) -> 
                 raise PlanError(
                     f"{devices[device]} can't be frozen: this run itself writes to {path}, which lies on it",
                     operation="freeze",
-                    hint="Put it on another disk: journal and manifest in [export], report and log_file in [observe], "
-                    "the target. /run is in memory.",
+                    hint="Put it on another disk: the target, journal in [export], log_file and prometheus in "
+                    "[observe]. /run is in memory.",
                 )
 
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from stages.disk.freezing import Freeze
     from stages.disk.occupancy import Use
     from stages.disk.selection import Selection
+    from stages.disk.snapshots import Snapshot
     from stages.disk.tables import PartitionTable
 
 # linux/fs.h
@@ -69,10 +70,11 @@ class Options:
     block_size: Literal["auto", "2 MiB", "4 MiB"] = option(
         "auto", doc="The window that is read at once; auto is 2 MiB where the image is compressed, else 4 MiB."
     )
-    consistency: Literal["live", "offline", "freeze"] = option(
+    consistency: Literal["live", "offline", "freeze", "snapshot"] = option(
         "live",
         doc="Of filesystems that are mounted read-write: live copies them as they change, whole, and the manifest says "
-        "so; offline refuses them; freeze holds them still until all is stored (fsfreeze, thawed by a watchdog).",
+        "so; offline refuses them; freeze holds them still until all is stored (fsfreeze, thawed by a watchdog); "
+        "snapshot reads an LVM snapshot of the volume, made and removed by the run.",
         may_change=True,
     )
     freeze_timeout: Duration = option(
@@ -125,6 +127,8 @@ class DiskReader:
         self._limit = RateLimit(context.clock, options.rate_limit)
         self._size = 0  # of the disk; the selection has that of the virtual disk
         self._selection: Selection | None = None
+        self._device = options.path  # what is read: the path, or a snapshot of it
+        self._snapshot: Snapshot | None = None
         self._freeze: Freeze | None = None
         self._live: tuple[Use, ...] = ()  # who can write to what is taken
         self._written = 0  # bytes, when the copy began
@@ -137,6 +141,11 @@ class DiskReader:
 
     async def open(self) -> SourceInfo:
         """Open it read-only, probe what O_DIRECT wants, look at what it holds. Raises PlanError, SourceError."""
+        if self._options.consistency == "snapshot" and not self._context.is_rehearsal:
+            from stages.disk.snapshots import Snapshot
+
+            self._snapshot = await Snapshot.take(self._path)
+            self._device = self._snapshot.device
         try:
             info = await in_thread(self._context.threads, self._open)
         except OSError as error:
@@ -154,7 +163,7 @@ class DiskReader:
         from stages.disk.selection import Wanted, select
 
         options = self._options
-        uses = await in_thread(self._context.threads, lambda: uses_of(self._path))
+        uses = await in_thread(self._context.threads, lambda: uses_of(self._device))
 
         async def hold(table: PartitionTable, cut: Cut | None) -> Collection[str]:
             return await self._hold(uses, table, cut)
@@ -244,7 +253,11 @@ class DiskReader:
         from stages.disk.selection import printable
 
         points = list(dict.fromkeys(printable(use.point) for use in self._live))
-        if self._freeze is not None:
+        if self._snapshot is not None:
+            yield f"read from the snapshot {printable(self._snapshot.name)}, removed at the end"
+        elif self._options.consistency == "snapshot":
+            yield "will be read from a snapshot"
+        elif self._freeze is not None:
             yield f"frozen until every byte is stored: {', '.join(map(printable, self._freeze.points))}"
             if self._freeze.unable:
                 unable = ", ".join(map(printable, self._freeze.unable))
@@ -259,7 +272,7 @@ class DiskReader:
 
     def _open(self) -> SourceInfo:
         # Non-blocking: opening a pipe that nobody writes to would never return. It changes nothing for disks and files.
-        self._map_fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        self._map_fd = os.open(self._device, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         status = os.fstat(self._map_fd)
         self._is_device = stat.S_ISBLK(status.st_mode)
         sector = 512
@@ -291,7 +304,7 @@ class DiskReader:
         """Open with O_DIRECT and find the alignment it takes; else stay with buffered reads."""
         reason = ""
         try:
-            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            fd = os.open(self._device, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
         except OSError as error:
             reason = os.strerror(error.errno or 0)
         else:
@@ -448,7 +461,9 @@ class DiskReader:
             Told(
                 {
                     "asked": self._options.consistency,
-                    "achieved": "live" if restless else "frozen" if frozen else "offline",
+                    "achieved": (
+                        "live" if restless else "frozen" if frozen else "snapshot" if self._snapshot else "offline"
+                    ),
                     "frozen": list(frozen),
                     "changing": list(restless),
                     "written_bytes": None if written is None else written - self._written,
@@ -512,7 +527,7 @@ class DiskReader:
         )
 
     async def close(self) -> None:
-        """Thaw, and close both descriptors; idempotent."""
+        """Thaw, close both descriptors, remove the snapshot; idempotent. Raises LeftBehindError."""
         if self._freeze is not None:
             with suppress(SourceError):  # said already, or of no importance any more
                 await self._thaw()
@@ -520,6 +535,9 @@ class DiskReader:
             if fd >= 0:
                 os.close(fd)
         self._fd = self._map_fd = -1
+        snapshot, self._snapshot = self._snapshot, None
+        if snapshot is not None:
+            await snapshot.remove()
 
 
 class _Ranges:

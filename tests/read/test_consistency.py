@@ -11,11 +11,13 @@ from pathlib import Path
 import anyio
 import pytest
 
-from pipeline.errors import PlanError, SourceError
+from pipeline.errors import LeftBehindError, PlanError, SourceError
+from pipeline.flow.items import Block
 from pipeline.units import MiB
 from stages.disk import watchdog
 from stages.disk.freezing import Freeze
 from stages.disk.occupancy import uses_of
+from tests.chains import export, write_toml
 from tests.disk.making import blank, fill, hashes, need, needs_root, run
 from tests.disks.mounts import loop_device, mounted
 from tests.read.test_selection import exported
@@ -176,7 +178,6 @@ async def test_a_plan_freezes_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     from pipeline.config.wiring import wire
     from pipeline.events import EventStream
     from stages.catalog import CATALOG
-    from tests.chains import write_toml
 
     async def never(points: Sequence[str], *, timeout_s: float) -> Freeze:
         raise AssertionError("frozen")
@@ -285,3 +286,79 @@ async def test_mounts_in_another_namespace_are_uses_too(tmp_path: Path) -> None:
                 await exported(device, 'consistency = "freeze"', folder=tmp_path)
         finally:
             other.communicate()
+
+
+# Stand-ins: device-mapper is not there on every machine that tests. The "snapshot" is a file.
+LVM = """#!/bin/sh
+echo "$(basename "$0") $*" >> "$LVM_LOG"
+case "$(basename "$0") $*" in
+    lvs*lv_attr*"$LVM_VOLUME") echo "  group|root|-wi-ao----" ;;
+    lvs*lv_attr*) echo "  Failed to find logical volume" >&2; exit 5 ;;
+    lvs*lv_path*) echo "  $LVM_SNAPSHOT" ;;
+    lvcreate*) cp "$LVM_VOLUME" "$LVM_SNAPSHOT" ;;
+    lvremove*) [ -z "$LVM_KEEPS" ] || { echo "  in use" >&2; exit 5; }; rm "$LVM_SNAPSHOT" ;;
+esac
+"""
+
+
+@pytest.fixture
+def volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that the stand-ins take for a logical volume."""
+    need("mke2fs")
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("lvs", "lvcreate", "lvremove"):
+        (folder / name).write_text(LVM)
+        (folder / name).chmod(0o755)
+    path = blank(tmp_path / "volume", 32 * MiB)
+    run("mke2fs", "-q", "-t", "ext4", "-F", path)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    for name, value in (("LOG", "lvm.log"), ("VOLUME", "volume"), ("SNAPSHOT", "snapshot")):
+        monkeypatch.setenv(f"LVM_{name}", str(tmp_path / value))
+    return path
+
+
+async def test_a_volume_is_read_from_its_snapshot_which_is_removed(
+    volume: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages.read.disk import DiskReader
+
+    real = DiskReader.load
+
+    def written(self: DiskReader, block: Block, buffer: memoryview) -> None:
+        volume.write_bytes(b"written meanwhile")
+        real(self, block, buffer)
+
+    before = volume.read_bytes()
+    monkeypatch.setattr(DiskReader, "load", written)
+    outcome, image = await exported(volume, 'consistency = "snapshot"; blocks = "all"', folder=tmp_path)
+    assert image.read_bytes() == before
+    assert outcome.manifest.facts["consistency"]["achieved"] == "snapshot"
+    assert not (tmp_path / "snapshot").exists()
+    steps = [line.split()[0] for line in (tmp_path / "lvm.log").read_text().splitlines()]
+    assert steps == ["lvs", "lvcreate", "lvs", "lvremove"]
+
+
+async def test_a_snapshot_goes_also_when_the_run_is_stopped_or_says_that_it_stays(
+    volume: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "image").write_bytes(b"there already")
+    toml = write_toml(
+        tmp_path / "x.toml",
+        f'read.disk; path = "{volume}"; consistency = "snapshot"',
+        "encode.raw",
+        f'write.file; path = "{tmp_path / "image"}"',
+    )
+    with pytest.raises(PlanError, match="exists"):
+        await export(toml)
+    assert not (tmp_path / "snapshot").exists()
+    monkeypatch.setenv("LVM_KEEPS", "1")
+    with pytest.raises(LeftBehindError, match="could not be removed: in use") as caught:
+        await export(toml)
+    assert caught.value.commands[0].startswith("lvremove --force group/root-export-")
+
+
+async def test_what_is_no_volume_has_no_snapshot_and_is_led_to_the_freeze(volume: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="this is none") as caught:
+        await exported(blank(tmp_path / "disk", MiB), 'consistency = "snapshot"', folder=tmp_path)
+    assert 'consistency = "freeze"' in caught.value.hint
