@@ -589,8 +589,7 @@ class StageSpec:
             `summary`.
         resumable: for writers: a later process can go on with an upload (`StageContext.journal`).
         image: whether the option values shape the image's bytes (then they go into the manifest as such).
-        open_reader: opens a stored object by URL for reading, where `schemes` names the URL schemes. Of writers, and of
-            the source that reads what no writer stores.
+        open_reader: opens a stored object by URL for reading, where `schemes` names the URL schemes.
     """
 
     name: str
