@@ -55,6 +55,7 @@ def command(console: Console, image: str, level: Level, share: float, seed: str,
 
 
 async def _verify(console: Console, image: str, level: Level, endpoint: str, sample: Sample | None) -> int:
+    from pipeline.config.options import without_secrets
     from pipeline.events import EventStream
     from pipeline.flow.manifest import MANIFEST_SUFFIX
     from pipeline.observe.progress import make_display
@@ -76,7 +77,7 @@ async def _verify(console: Console, image: str, level: Level, endpoint: str, sam
     finally:
         if display is not None:
             display.close()
-    _tell(console, image, verdict)
+    _tell(console, without_secrets(image), verdict)
     return _EXIT_CODES[verdict.state]
 
 

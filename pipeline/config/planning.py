@@ -15,6 +15,7 @@ from typing import Any
 import anyio
 
 from pipeline.config.continuing import Attempt, begin_or_compare, describe, head_length, open_journal, told_resume
+from pipeline.config.options import without_secrets
 from pipeline.config.parse import MEMORY_MIN, ExportConfig, StageConfig
 from pipeline.config.wiring import WiredChain
 from pipeline.errors import PlanError, first_error
@@ -148,11 +149,12 @@ class RunPlan:
 
 
 def target_uri(chain: WiredChain) -> str:
-    """Where the image of a chain goes, as the options say it."""
+    """Where the image of a chain goes, as the options say it, without secrets."""
     options = chain.writer.options
     if command := getattr(options, "command", None):
-        return "| " + shlex.join(command)
-    return str(getattr(options, "url", None) or getattr(options, "path", None) or chain.writer.spec.name)
+        return "| " + without_secrets(shlex.join(command))
+    found = getattr(options, "url", None) or getattr(options, "path", None) or chain.writer.spec.name
+    return without_secrets(str(found))
 
 
 @asynccontextmanager
