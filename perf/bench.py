@@ -38,6 +38,7 @@ FAMILIES = (
     "startup",
     "observing",
     "pacing",
+    "journal",
 )
 PROJECT = Path(__file__).resolve().parent.parent
 

@@ -65,6 +65,7 @@ def command(console: Console, quiet: bool, print_config: bool, **asked: object) 
 
 def settle_source(console: Console, wanted: Conversion) -> Conversion:
     """Settle how the source is read: a local disk or raw file as it is, anything else as an image."""
+    from pipeline.config.options import without_secrets
     from stages.decode.named import is_block_device
 
     alone = not (wanted.extents or wanted.member or wanted.backing)
@@ -79,7 +80,7 @@ def settle_source(console: Console, wanted: Conversion) -> Conversion:
     run_async(partial(_probe, wanted, found))
     format, note = found[0]
     if format == "raw" or "declare" in note:
-        console.note(f"{wanted.source}: taken for {format}, {note}; -f says it for certain")
+        console.note(f"{without_secrets(wanted.source)}: taken for {format}, {note}; -f says it for certain")
     return replace(wanted, is_disk=format == "raw", source_format=format)
 
 

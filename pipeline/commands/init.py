@@ -75,6 +75,7 @@ def command(
 
 
 def _propose(machine: Machine, disk: str | None, url: str | None, endpoint: str) -> Proposal:
+    from pipeline.config.continuing import journal_beside
     from pipeline.config.proposal import Proposal
 
     if disk is None:
@@ -84,15 +85,19 @@ def _propose(machine: Machine, disk: str | None, url: str | None, endpoint: str)
     whole = machine.whole_disk_of(disk)
     known = {one.path: one for one in machine.disks()}
     size = "a block device" if is_device else format_size(os.stat(disk).st_size)
+    name = machine.name if is_device else Path(disk).name.partition(".")[0].lstrip("-") or machine.name
+    target = _target(machine, url, endpoint, names)
+    journal = journal_beside(name, Path(disk)) if is_device and target.writer.resumable else None
     return Proposal(
-        name=machine.name if is_device else Path(disk).name.partition(".")[0].lstrip("-") or machine.name,
+        name=name,
         disk=disk,
         disk_title=known[disk].about if disk in known else size,
-        target=_target(machine, url, endpoint, names),
+        target=target,
         is_device=is_device,
         mounted=tuple(sorted({point for name in names for point in machine.written_to(name)})),
         whole_disk=whole.path if whole else "",
         memory=machine.memory,
+        journal=str(journal or ""),
     )
 
 

@@ -20,6 +20,7 @@ from pipeline.commands.console import (
     until_interrupted,
     verb,
 )
+from pipeline.config.options import without_secrets
 from pipeline.errors import EXIT_FAILED, EXIT_OK, AlreadyFinished, LeftBehindError, PipelineError, cause_of
 
 if TYPE_CHECKING:
@@ -79,7 +80,9 @@ def command(
     attempt = Attempt(
         mode=Mode.RESUME if resume else Mode.DISCARD if discard else Mode.NEW,
         recheck=recheck,
-        command=shlex.join(["pipeline", "run", str(file), *(word for one in overrides for word in ("--set", one))]),
+        command=shlex.join(
+            ["pipeline", "run", str(file), *(word for one in overrides for word in ("--set", without_secrets(one)))]
+        ),
     )
     return run_async(partial(run_chain, console, config, chain, quiet, attempt, profile))
 

@@ -60,6 +60,7 @@ def command(console: Console, image: str, level: Level, share: float, seed: str,
 async def _verify(
     console: Console, image: str, level: Level, endpoint: str, sample: Sample | None, manifest: str
 ) -> int:
+    from pipeline.config.options import without_secrets
     from pipeline.events import EventStream
     from pipeline.flow.manifest import MANIFEST_SUFFIX
     from pipeline.observe.progress import make_display
@@ -81,7 +82,7 @@ async def _verify(
     finally:
         if display is not None:
             display.close()
-    _tell(console, image, verdict)
+    _tell(console, without_secrets(image), verdict)
     return _EXIT_CODES[verdict.state]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import __version__
-from pipeline.config.options import option_fields
+from pipeline.config.options import option_fields, without_secrets
 from pipeline.config.parse import ExportConfig, StageConfig
 from pipeline.config.wiring import WiredChain
 from pipeline.errors import AlreadyFinished, FormatError, PlanError
@@ -52,8 +52,21 @@ def journal_path(config: ExportConfig) -> Path:
     """Where the journal of an export is."""
     if isinstance(config.export.journal, Path):
         return config.export.journal.expanduser().absolute()
+    return usual_journal(config.export.name)
+
+
+def usual_journal(name: str) -> Path:
+    """Where the journal of an export of this name is when its file says nothing."""
     state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(state).expanduser().absolute() / "disk-pipeline" / f"{config.export.name}.journal"
+    return Path(state).expanduser().absolute() / "disk-pipeline" / f"{name}.journal"
+
+
+def journal_beside(name: str, disk: Path) -> Path | None:
+    """Another place for a journal whose usual one lies on the disk that is exported; None where that is fine.
+
+    `/run` is memory: a journal there outlives the program, and not the machine's next start.
+    """
+    return Path("/run") / f"{name}.journal" if _is_on(usual_journal(name), disk) else None
 
 
 def open_journal(
@@ -121,9 +134,12 @@ def why_none(config: ExportConfig, chain: WiredChain) -> str:
     return ""
 
 
+def _is_on(path: Path, disk: Path) -> bool:
+    return lies_on_disk(next(one for one in path.parents if one.is_dir()), disk)
+
+
 def _refuse_exported_disk(path: Path, disk: Path) -> None:
-    folder = next(one for one in path.parents if one.is_dir())
-    if lies_on_disk(folder, disk):
+    if _is_on(path, disk):
         raise PlanError(
             "the journal would lie on the disk that is exported",
             operation="plan",
@@ -288,11 +304,16 @@ def _fixed_options(stage: StageConfig) -> Iterator[tuple[str, Any]]:
     for item in option_fields(stage.spec.options):
         if not item.may_change:
             value = getattr(stage.options, item.name)
-            plain = value is None or isinstance(value, (bool, int, float, str))
-            yield (
-                item.name,
-                value if plain else [str(one) for one in value] if isinstance(value, (list, tuple)) else str(value),
-            )
+            yield item.name, _plain(value)
+
+
+def _plain(value: object) -> object:
+    """For a journal: JSON values, and no secret of a URL; a presigned one has another signature each time anyway."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [without_secrets(str(one)) for one in value]
+    return without_secrets(str(value))
 
 
 async def look_for_finished(journal: RunJournal, now: Mapping[str, Any], writer: Any) -> None:

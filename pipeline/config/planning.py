@@ -167,10 +167,10 @@ class RunPlan:
 
 
 def target_uri(chain: WiredChain) -> str:
-    """Where the image of a chain goes, as the options say it."""
+    """Where the image of a chain goes, as the options say it, without secrets."""
     options = chain.writer.options
     if command := getattr(options, "command", None):
-        return "| " + shlex.join(command)
+        return "| " + without_secrets(shlex.join(command))
     place = getattr(options, "url", None) or getattr(options, "path", None) or chain.writer.spec.name
     return f"the URL in ${place.name}" if isinstance(place, Secret) else without_secrets(str(place))
 

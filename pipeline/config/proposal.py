@@ -61,6 +61,7 @@ class Proposal:
         memory: bytes of memory that the machine has left; 0 where unknown.
         profile: the cloud that the image is for, as [target] names it; empty for none.
         encoder: the stage that the profile wants, with its option (name, value); empty: as the target's name asks.
+        journal: where it has to be because its usual place lies on the disk; else nothing.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Proposal:
     profile: str = ""
     encoder: str = ""
     encoder_option: tuple[str, str] | None = None
+    journal: str = ""
 
 
 def target_of(url: str, catalog: Catalog, endpoint: str = "") -> Target:
@@ -138,11 +140,19 @@ def _export(proposal: Proposal) -> str:
     memory, why = ("32 MiB", "the least: little memory is free here") if scarce else ("96 MiB", "")
     free = f"; {format_size(proposal.memory)} are free here" if proposal.memory and not scarce else ""
     why = why or f"everything that holds disk bytes; the program takes up to 128 MiB more{free}"
+    journal = []
+    if proposal.journal:
+        journal = [
+            "# What --resume needs. Its usual place lies on the disk that is exported; this one is memory, and lasts",
+            "# until the machine starts anew. On another disk it outlives that, too.",
+            _line("journal", proposal.journal, 6),
+        ]
     return "\n".join(
         [
             "[export]",
             _line("name", proposal.name, 6, "names the run in messages, logs and the manifest"),
             _line("memory", memory, 6, why),
+            *journal,
             "",
             "[observe]",
             _line("report", f"{proposal.name}.html", 6, "a page about the run, for a browser"),

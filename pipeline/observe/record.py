@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
+from pipeline.config.options import without_secrets
 from pipeline.errors import FormatError
 from pipeline.flow.items import Run, Why
 from pipeline.flow.manifest import Manifest, unpack_runs
@@ -208,7 +209,7 @@ def text_of(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, (list, tuple)):
         return ", ".join(text_of(one) for one in value)
-    return str(value)
+    return without_secrets(str(value))
 
 
 def _partitions(raw: Any, size: int) -> list[PartitionRecord]:

@@ -84,6 +84,7 @@ async def read_manifest(image: str, endpoint: str, told: str = "") -> Manifest:
             hint="Name the one that the export left on its machine: --manifest FILE.",
         )
     where = told or manifest_uri(image)
+    shown = without_secrets(where)
     try:
         async with open_stored(where, endpoint) as reader:
             if reader.size > _MANIFEST_MAX:
@@ -92,7 +93,7 @@ async def read_manifest(image: str, endpoint: str, told: str = "") -> Manifest:
                     operation="read manifest",
                     size=reader.size,
                     limit=_MANIFEST_MAX,
-                    manifest=where,
+                    manifest=shown,
                 )
             text = await reader.read(0, reader.size)
     except StoreError as error:
@@ -100,14 +101,14 @@ async def read_manifest(image: str, endpoint: str, told: str = "") -> Manifest:
             f"the manifest can't be read: {error}",
             temporary=error.temporary,
             status=error.status,
-            hint=f"{error.hint} It belongs beside the image, as {where}.".lstrip(),
+            hint=f"{error.hint} It belongs beside the image, as {shown}.".lstrip(),
         ) from error
-    made = Manifest.from_json(text, where=where)
+    made = Manifest.from_json(text, where=shown)
     if not _is_usable(made):
         raise FormatError(
             "the manifest does not say what the image is",
             operation="read manifest",
-            manifest=where,
+            manifest=shown,
             hint="It was damaged or changed by hand; fetch it again.",
         )
     return made

@@ -17,6 +17,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 import anyio.to_thread
 
+from pipeline.config.options import without_secrets
 from pipeline.errors import PlanError, StoreError
 from stages.store.file import local_path
 from stages.write.partial import is_partial
@@ -92,7 +93,7 @@ async def place_of(url: str, *, endpoint: str = "") -> AsyncIterator[Place]:
             raise PlanError(
                 f"runs leave nothing behind under {scheme}: URLs",
                 operation="uploads",
-                url=url,
+                url=without_secrets(url),
                 hint="A path, or a URL that begins with s3://, gs://, az://, sftp://, dav(s)://, http(s):// or file://.",
             )
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -190,3 +191,32 @@ def test_without_arguments_on_this_machine_it_writes_a_good_file_or_says_why_not
     else:
         assert done.returncode == 2
         assert "can't tell which disk to export" in done.stderr or "disks: " in done.stderr
+
+
+def test_journal_is_put_elsewhere_when_its_usual_place_lies_on_the_disk(tmp_path: Path) -> None:
+    target = target_of("s3://images/web01.qcow2", CATALOG)
+    proposal = Proposal(name="web01", disk="/dev/sda", disk_title="a disk", target=target, journal="/run/web01.journal")
+    text = proposal_text(proposal, CATALOG)
+    (tmp_path / "export.toml").write_text(text)
+    config = load_config(tmp_path / "export.toml", CATALOG)
+    assert config.export.journal == Path("/run/web01.journal")
+    assert "until the machine starts anew" in text
+    assert "journal" not in proposal_text(replace(proposal, journal=""), CATALOG).partition("[observe]")[0]
+
+
+def test_usual_place_of_a_journal_is_told_to_lie_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.config import continuing
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    asked: list[tuple[Path, Path]] = []
+    answer = True
+
+    def lies(folder: Path, disk: Path) -> bool:
+        asked.append((folder, disk))
+        return answer
+
+    monkeypatch.setattr(continuing, "lies_on_disk", lies)
+    assert continuing.journal_beside("web01", Path("/dev/sda")) == Path("/run/web01.journal")
+    assert asked == [(tmp_path, Path("/dev/sda"))]
+    answer = False
+    assert continuing.journal_beside("web01", Path("/dev/sda")) is None
