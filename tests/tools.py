@@ -43,6 +43,7 @@ PROGRAMS: Final[Mapping[str, str]] = {
     "nbdcopy": "libnbd-bin",
     "cpio": "cpio",
     "xz": "xz-utils",
+    "7zz": "7zip",
     "bzip2": "bzip2",
     "debootstrap": "debootstrap",
 }
