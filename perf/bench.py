@@ -25,7 +25,18 @@ from perf.proof import ImageWrong, prove, stored_bytes
 from perf.report import Report, Run, relative_names, write_report
 from perf.store import aws_client, running_store
 
-FAMILIES = ("images", "formats", "reading", "storing", "streams", "memory", "startup", "observing", "pacing")
+FAMILIES = (
+    "images",
+    "formats",
+    "reading",
+    "storing",
+    "streams",
+    "memory",
+    "startup",
+    "observing",
+    "pacing",
+    "inspecting",
+)
 PROJECT = Path(__file__).resolve().parent.parent
 
 
