@@ -39,6 +39,7 @@ FAMILIES = (
     "observing",
     "pacing",
     "journal",
+    "inspecting",
 )
 PROJECT = Path(__file__).resolve().parent.parent
 

@@ -45,6 +45,7 @@ PROGRAMS: Final[Mapping[str, str]] = {
     "nbdcopy": "libnbd-bin",
     "cpio": "cpio",
     "xz": "xz-utils",
+    "7zz": "7zip",
     "bzip2": "bzip2",
     "debootstrap": "debootstrap",
     "qemu-system-x86_64": "qemu-system-x86",

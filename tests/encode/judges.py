@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -14,8 +13,6 @@ from pipeline.flow.stage import StageSpec
 from tests.chains import export as run_chain
 from tests.chains import write_toml
 from tests.encode.lettered import WINDOW, Export, LetterDisk, export
-
-HAS_7ZZ = shutil.which("7zz") is not None
 
 
 def write_raw(source: LetterDisk, path: Path, virtual_size: int) -> Path:
@@ -45,9 +42,7 @@ def check(image: Path, format: str) -> None:
 
 
 def unpack_7zz(raw: Path, image: Path, kind: str) -> None:
-    """7zz, where installed, unpacks the same disk."""
-    if not HAS_7ZZ:
-        return
+    """7zz unpacks the same disk."""
     with tempfile.TemporaryFile() as unpacked:
         command = ["7zz", "x", "-so", f"-t{kind}", str(image)]
         done = subprocess.run(command, stdout=unpacked, stderr=subprocess.PIPE)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 
@@ -29,7 +30,7 @@ class RangedServer:
     """What the server has and how it behaves.
 
     Attributes:
-        files: by path, with the leading slash.
+        files: by path, with the leading slash; a path's content is read when it is asked for.
         redirects: path to the Location of a 302.
         knows_ranges: False: it always sends the whole file.
         has_etags: False: it sends neither ETag nor Last-Modified.
@@ -41,7 +42,7 @@ class RangedServer:
     """
 
     url: str = ""
-    files: dict[str, bytes] = field(default_factory=dict)
+    files: dict[str, bytes | Path] = field(default_factory=dict)
     redirects: dict[str, str] = field(default_factory=dict)
     knows_ranges: bool = True
     has_etags: bool = True
@@ -54,7 +55,7 @@ class RangedServer:
 
 
 @contextmanager
-def ranged_server(**files: bytes) -> Iterator[RangedServer]:
+def ranged_server(**files: bytes | Path) -> Iterator[RangedServer]:
     """Serve files on a free port of this machine, `name=...` as `/name`, until the end of the block."""
     state = RangedServer(files={f"/{name}": data for name, data in files.items()})
     server = _Server(("127.0.0.1", 0), type("Bound", (_Handler,), {"state": state}))
@@ -67,6 +68,14 @@ def ranged_server(**files: bytes) -> Iterator[RangedServer]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def _part(data: bytes | Path, start: int, stop: int) -> bytes:
+    if isinstance(data, bytes):
+        return data[start:stop]
+    with data.open("rb") as file:
+        file.seek(start)
+        return file.read(stop - start)
 
 
 class _Server(ThreadingHTTPServer):
@@ -99,24 +108,26 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(404, b"not here")
         return self._send(state.files[path])
 
-    def _send(self, data: bytes) -> None:
+    def _send(self, data: bytes | Path) -> None:
         state = self.state
         headers = {}
-        etag = f'"{hashlib.md5(data).hexdigest()}"'
+        size = len(data) if isinstance(data, bytes) else data.stat().st_size
+        mark = hashlib.md5(data).hexdigest() if isinstance(data, bytes) else f"{data.stat().st_mtime_ns:x}"
+        etag = f'"{mark}"'
         if state.has_etags:
             headers["ETag"] = etag
         wanted = _RANGE.fullmatch(self.headers.get("Range", ""))
         is_same = self.headers.get("If-Range", etag) == etag or not state.knows_conditions
         if not state.knows_ranges or wanted is None or not is_same:
-            return self._answer(200, data, **headers)
-        first, last = int(wanted[1]), min(int(wanted[2]), len(data) - 1)
-        if first >= len(data):
-            return self._answer(416, b"", Content_Range=f"bytes */{len(data)}", **headers)
-        body = data[first : last + 1]
+            return self._answer(200, _part(data, 0, size), **headers)
+        first, last = int(wanted[1]), min(int(wanted[2]), size - 1)
+        if first >= size:
+            return self._answer(416, b"", Content_Range=f"bytes */{size}", **headers)
+        body = _part(data, first, last + 1)
         if state.cuts and len(body) > 1:
             state.cuts -= 1
             body = body[:-1]
-        return self._answer(206, body, Content_Range=f"bytes {first}-{last}/{len(data)}", **headers)
+        return self._answer(206, body, Content_Range=f"bytes {first}-{last}/{size}", **headers)
 
     def _answer(self, status: int, body: bytes, **headers: str) -> None:
         self.send_response(status)
