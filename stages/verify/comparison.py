@@ -258,6 +258,8 @@ class _Comparison:
     def verdict(self, format: str, image_size: int) -> Verdict:
         """What was found."""
         digest = self._digest
+        if self._done != self._total and not self._reason:
+            self._reason = f"{self._done} of {self._total} bytes could be compared"
         differing = self._differences.merged()
         coverage = self._done / digest.size if digest.size else 1.0
         evidence = {

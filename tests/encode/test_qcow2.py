@@ -202,6 +202,20 @@ def test_window_is_packed_streams_then_one_pad_then_plain_clusters() -> None:
     assert plain[1] == 3 * 64 * KiB
 
 
+@pytest.mark.parametrize("shrinks_by, packed", [(0, 0), (1, 3)])
+def test_cluster_that_shrinks_by_nothing_is_stored_plain(shrinks_by: int, packed: int) -> None:
+    class Codec:
+        def compress(self, cluster: bytes | memoryview) -> bytes:
+            return bytes(len(cluster) - shrinks_by)
+
+    encoder, _ = make_encoder(SPEC, options(), WINDOW)
+    encoder._codec = Codec()
+    runs = disk("ABC" + "0" * 29).runs(0, WINDOW)
+    prepared = encoder.prepare(Block(0, WINDOW, loose_slice(bytearray(WINDOW)), runs), None)
+    assert len(prepared.packed) == packed
+    assert prepared.plain == ([] if packed else [(0, 3)])
+
+
 def test_plain_clusters_are_passed_on_without_a_copy() -> None:
     encoder, layout = make_encoder(SPEC, options("none"), WINDOW)
     assert layout.made_max == 0

@@ -167,6 +167,50 @@ async def test_source_that_ends_early_is_never_published(tmp_path: Path) -> None
     assert watched.published == 0
 
 
+def _twice(block: Block) -> list[Block]:
+    return [block, block]
+
+
+def _never(block: Block) -> list[Block]:
+    return []
+
+
+def _with_runs_that_end_early(block: Block) -> list[Block]:
+    return [replace(block, runs=(replace(block.runs[0], length=block.length - 512),))]
+
+
+@pytest.mark.parametrize("change", [_twice, _never, _with_runs_that_end_early])
+async def test_blocks_that_do_not_tile_the_disk_are_never_published(
+    tmp_path: Path, change: Callable[[Block], list[Block]]
+) -> None:
+    watched = Watched()
+
+    class Source(synthetic.SyntheticReader):
+        async def windows(self, window: int, start: int = 0) -> AsyncIterator[Block]:
+            async for block in super().windows(window, start):
+                for one in change(block) if block.offset == 8 * window else [block]:
+                    yield one
+
+    specs = catalog(read_synthetic=Source, write_null=writer_that(watched))
+    with pytest.raises(StageError, match="blocks do not tile the disk"):
+        await export(chain(tmp_path), catalog=specs)
+    assert (watched.published, watched.ended) == (0, False)
+
+
+async def test_writer_that_seals_two_images_is_never_published(tmp_path: Path) -> None:
+    watched = Watched()
+    base: Any = writer_that(watched)
+
+    class Writer(base):  # type: ignore[misc]
+        async def run(self, inlet: Inlet[Piece], outlet: Outlet[StoredImage]) -> None:
+            await super().run(inlet, outlet)
+            await outlet.send(StoredImage("null:", 1, _no_reader))
+
+    with pytest.raises(StageError, match="sealed 2 images"):
+        await export(chain(tmp_path), catalog=catalog(write_null=Writer))
+    assert (watched.published, watched.withdrawn) == (0, 1)
+
+
 async def test_writer_that_loses_bytes_is_never_published(tmp_path: Path) -> None:
     watched = Watched()
     specs = catalog(write_null=writer_that(watched, drops=True))

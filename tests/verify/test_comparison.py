@@ -126,6 +126,24 @@ async def test_a_replaced_image_differs(plain_image: bytes, tmp_path: Path) -> N
     assert f"a disk of {len(DISK)} bytes" in smaller.detail
 
 
+async def test_an_image_with_something_behind_its_end_differs(plain_image: bytes) -> None:
+    verdict = await verdict_on(plain_image + bytes(65536), written=len(plain_image))
+    assert verdict.state == "differs"
+    assert f"the stored image has {len(plain_image) + 65536} bytes" in verdict.detail
+
+
+async def test_an_image_of_a_disk_that_ends_before_what_was_read_differs(plain_image: bytes) -> None:
+    verdict = await verify_image(
+        BytesReader(plain_image),
+        "qcow2",
+        digest_of(DISK + bytes(512)),
+        virtual_size=len(DISK),
+        image_size=len(plain_image),
+    )
+    assert verdict.state == "differs"
+    assert f"{len(DISK) + 512} were exported" in verdict.detail
+
+
 async def test_two_table_entries_swapped_or_one_dropped_are_found(plain_image: bytes) -> None:
     image = Patched(plain_image)
     one, *_, other = image.plain

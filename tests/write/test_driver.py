@@ -179,7 +179,12 @@ def _too_long(pieces: list[Piece]) -> list[Piece]:
     return [*pieces[:-2], Piece(end, 200 * MiB, None, 0), *pieces[-2:]]
 
 
-@pytest.mark.parametrize("change", [_gap, _swapped, _twice, _head_first, _no_head, _too_long])
+def _crossing(pieces: list[Piece]) -> list[Piece]:
+    last = pieces[-1]
+    return [*pieces[:-1], Piece(last.offset, last.length + 4096, None, last.guest_bytes)]
+
+
+@pytest.mark.parametrize("change", [_gap, _swapped, _twice, _head_first, _no_head, _too_long, _crossing])
 async def test_pieces_that_break_the_order_are_never_committed(change: object) -> None:
     image = mixed(30 * MiB, head_length=300 * KiB)
     given = [piece async for piece in image.pieces()]
@@ -421,3 +426,46 @@ async def test_bytes_of_metadata_are_stored_like_slices() -> None:
     store = MemoryStore(SMALL)
     await store_image(image, store.upload("a"), pieces=pieces())
     assert store.objects == {"a": image.data}
+
+
+class Lying:
+    """A store whose answers do not fit what it was sent."""
+
+    def __init__(self, upload: PartUpload, about: str) -> None:
+        self._upload = upload
+        self._about = about
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._upload, name)
+
+    async def put_part(self, number: int, body: Body) -> StoredPart:
+        stored = await self._upload.put_part(number, body)
+        return replace(stored, length=stored.length - 1) if self._about == "a part" and number == 2 else stored
+
+    async def put_whole(self, body: Body) -> Sealed:
+        sealed = await self._upload.put_whole(body)
+        return replace(sealed, size=sealed.size - 1)
+
+    async def seal(self, parts: list[StoredPart]) -> Sealed:
+        sealed = await self._upload.seal(parts)
+        return replace(sealed, size=sealed.size + 1) if self._about == "the object" else sealed
+
+
+@pytest.mark.parametrize("about, size", [("a part", 30 * MiB), ("the object", 30 * MiB), ("the object", 600 * KiB)])
+async def test_store_that_tells_another_length_than_was_sent_is_not_believed(about: str, size: int) -> None:
+    image = mixed(size)
+    upload: PartUpload = Lying(MemoryStore(SMALL).upload("a"), about)  # type: ignore[assignment]
+    with pytest.raises((StageError, StoreError), match=r"do not add up to the image|another size than the image"):
+        await store_image(image, upload)
+
+
+@pytest.mark.parametrize("size", [30 * MiB, 600 * KiB])
+async def test_image_of_another_length_than_its_encoder_said_is_never_committed(size: int) -> None:
+    image, store = mixed(size), MemoryStore(SMALL)
+    context = make_context(image)
+    assert context.layout is not None
+    context = replace(context, layout=replace(context.layout, image_bytes=image.size + 1))
+    with pytest.raises(StageError, match="another length than its encoder said"):
+        await PartDriver(store.upload("a"), context, plan_for(image, context)).store(image.pieces())
+    assert store.objects == {}
+    assert store.open_uploads == set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import subprocess
@@ -11,10 +12,14 @@ from pathlib import Path
 import anyio
 import pytest
 
-from pipeline.errors import LeftBehindError, PlanError, SourceError, StoreError, VerificationError
+from pipeline.errors import LeftBehindError, PlanError, SourceError, StageError, StoreError, VerificationError
 from pipeline.events import Event, FallbackTaken, ImageSealed, PartStored, ProgressSampled, UploadOpened
+from pipeline.flow.items import Piece
 from pipeline.flow.manifest import Manifest
+from pipeline.flow.stage import Catalog
 from pipeline.units import KiB, MiB
+from stages.catalog import CATALOG
+from stages.encode import raw
 from tests.chains import export, write_toml
 from tests.disks.letters import write_disk
 
@@ -110,7 +115,6 @@ async def test_target_that_appears_meanwhile_is_left_alone(tmp_path: Path) -> No
     from pipeline.config.wiring import wire
     from pipeline.events import EventStream
     from pipeline.flow.engine import run_export
-    from stages.catalog import CATALOG
 
     config = load_config(toml, CATALOG)
     stream = EventStream()
@@ -303,3 +307,56 @@ async def test_longest_name_that_is_not_refused_works(tmp_path: Path) -> None:
         break
     assert length > 180
     assert (tmp_path / ("x" * length)).read_bytes() == (tmp_path / "disk").read_bytes()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+async def test_image_is_on_stable_storage_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    """After a power loss the name stands for a whole image or for none, and the manifest for one that is there."""
+    write_disk(tmp_path / "disk", "AB", MiB)
+    seen: list[str] = []
+    sync, link, replace = os.fsync, os.link, os.replace
+
+    def watched_sync(fd: int) -> None:
+        name = Path(os.readlink(f"/proc/self/fd/{fd}"))
+        seen.append(f"sync {'folder' if name == tmp_path else name.name.replace(str(os.getpid()), 'PID')}")
+        sync(fd)
+
+    def watched_link(source: Path, target: Path) -> None:
+        seen.append(f"name {target.name}")
+        link(source, target)
+
+    def watched_replace(source: Path, target: Path) -> None:
+        seen.append(f"name {target.name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", watched_sync)
+    monkeypatch.setattr(os, "link", watched_link)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    toml = chain(tmp_path, tmp_path / "image", "verify.readback")
+    await export(toml, overrides=[f"write.file.overwrite={str(overwrite).lower()}"])
+    assert seen == [
+        "sync .image.test.PID.partial",
+        "sync .image.test.PID.partial.manifest.json",
+        "name image",
+        "name image.manifest.json",
+        "sync folder",
+    ]
+
+
+async def test_file_that_lacks_guest_bytes_is_not_finished(tmp_path: Path) -> None:
+    write_disk(tmp_path / "disk", "AB", MiB)
+
+    class Losing(raw.RawEncoder):
+        def place(self, prepared: raw.Stretches) -> list[Piece]:
+            return [
+                dataclasses.replace(piece, guest_bytes=piece.guest_bytes - 512) for piece in super().place(prepared)
+            ]
+
+    specs = Catalog(
+        [dataclasses.replace(spec, build=Losing) if spec.name == "encode.raw" else spec for spec in CATALOG]
+    )
+    with pytest.raises(StageError, match="guest bytes were written; nothing was committed"):
+        await export(chain(tmp_path, tmp_path / "image"), catalog=specs)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "export.toml"]
