@@ -77,7 +77,7 @@ def lying(monkeypatch: pytest.MonkeyPatch, lie: Lie, how: str) -> None:
 
                 await outlet.send(replace(image, open_reader=open_reader, fetch_receipt=fetch_receipt))
 
-        await real(writer, inlet, Through())  # type: ignore[arg-type]  # all that it does with an outlet
+        await real(writer, inlet, Through())
 
     monkeypatch.setattr(FileWriter, "run", run)
 
