@@ -89,7 +89,6 @@ WAITING = {
     "write.http",
     "write.nbd",
     "write.device",
-    "write.azure",
     "write.azure_block",
     "write.azure_page",
     "write.gcs",
