@@ -263,6 +263,7 @@ async def test_somebody_elses_freeze_is_left_alone_and_told(tmp_path: Path) -> N
             await Freeze.begin([str(mount)], timeout_s=60)
         assert "already" in caught.value.hint
         assert freeze.is_held
+        assert await freeze.end()
 
 
 async def test_mounts_in_another_namespace_are_uses_too(tmp_path: Path) -> None:
