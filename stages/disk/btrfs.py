@@ -284,6 +284,12 @@ def _why_not(found: Superblock) -> str:
 
 
 def add_system_chunks(found: Superblock, chunks: Chunks) -> None:
+    """Add the chunks that the superblock itself lists: without them the chunk tree could not be found.
+
+    Source: btrfs on-disk format, "Superblock", sys_chunk_array: a key of 17 bytes and a chunk item, one after another.
+    Raises:
+        FormatError: the list is no such list.
+    """
     array = found.system_chunks
     at = 0
     while at + 17 <= len(array):
@@ -305,6 +311,7 @@ async def _find_extent_root(reader: RangeReader, found: Superblock, chunks: Chun
 
 
 def payload_of(body: memoryview, item: np.void) -> memoryview:
+    """The bytes of an item of a leaf; a view of `body`, the whole leaf. Raises FormatError where it lies outside."""
     start = HEADER + int(item["at"])
     if start + int(item["size"]) > len(body):
         raise FormatError("an item lies outside of its leaf")
