@@ -20,9 +20,9 @@ from stages.decode.framed import has_seek_table, open_framed
 from stages.decode.image import DecodedImage
 from stages.decode.opening import ALIASES, open_image
 from stages.decode.probing import probe
+from stages.decode.slowed import slowed
 from stages.decode.unpacked import UnpackedStream
 from stages.store.file import local_path
-from stages.store.slowed import slowed
 from stages.store.stored import open_stored, read_manifest, scheme_of
 
 AUTO = "auto"
