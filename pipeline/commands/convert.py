@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 
 from pipeline.commands.console import Console, run_async, verb
-from pipeline.config.conversion import STDOUT, Conversion, conversion_text
+from pipeline.config.conversion import STDOUT, Conversion, conversion_text, is_url
+from pipeline.config.proposal import path_of_file_url
 
 
 @click.command("convert")
@@ -34,6 +35,7 @@ from pipeline.config.conversion import STDOUT, Conversion, conversion_text
 @click.option("--backing", multiple=True, metavar="FILE", help="What a qcow2 overlay lies on, the next below it first.")
 @click.option("--backing-format", default="auto", metavar="FMT", help="Of the --backing images.")
 @click.option("--endpoint", default="", metavar="URL", help="Of an S3-compatible store.")
+@click.option("--ca-file", default="", metavar="FILE", help="PEM certificates to trust instead of the system's.")
 @click.option("--overwrite", is_flag=True, help="Replace a TARGET that is there already.")
 @click.option("--verify/--no-verify", default=True, help="Read TARGET back and compare every byte. The default.")
 @click.option("--print-config", is_flag=True, help="Print the export file that does the same, and do nothing.")
@@ -55,7 +57,9 @@ def command(console: Console, quiet: bool, print_config: bool, **asked: object) 
         console.tell("config", text=conversion_text(wanted, CATALOG, masked=True))
         return 0
     # The manifest's local copy lies beside the image where that is a file, as after `qemu-img convert`.
-    folder = Path(wanted.target).parent if "://" not in wanted.target and wanted.target != STDOUT else Path()
+    is_file = not is_url(wanted.target) and wanted.target != STDOUT
+    target = path_of_file_url(wanted.target) if wanted.target.startswith("file://") else wanted.target
+    folder = Path(target).parent if is_file else Path()
     config, chain = load_chain(folder / "convert", CATALOG, text=conversion_text(wanted, CATALOG))
     writer = chain.writer
     if writer.spec.holds_stdout and writer.spec.holds_stdout(writer.options):

@@ -31,10 +31,11 @@ _READ = """
 ## Read
 
 `read.image`, `pipeline convert`, `pipeline inspect` and every verification read {formats},
-each with or without one of our compressed streams around it (`raw+zstd`, `vmdk+gzip` ...), from a file, `s3://`,
+each with or without a gzip, zstd or lz4 stream around it (`raw+zstd`, `vmdk+gzip` ...), from a file, `s3://`,
 `az://`, `gs://`, `sftp://`, `nbd://`, `http(s)://` or `dav(s)://`, by ranges. What an image does not store is not
-fetched. A GCE archive is unpacked from its begin to the place that is wanted, so it is best read once, in order.
-Streams of lz4 and gzip are read with the manifest beside them, which has their index.
+fetched. Our own streams are read from any place, lz4 and gzip with the manifest beside them, which has their index.
+One without, as the usual tools make it, is unpacked once before the run to find its size; like a GCE archive it is best
+read in order.
 
 A format is declared (`format = "qcow2"`, `-f qcow2`), or told once by its magic number; block devices are raw, whatever
 their first bytes look like. Names inside an image are never opened: the other files of a VMDK are named by

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.config.options import OptionField, convert, option_fields, without_secrets
 from pipeline.config.parse import suggest
-from pipeline.config.proposal import target_of, toml_text
+from pipeline.config.proposal import path_of_file_url, target_of, toml_text
 from pipeline.errors import ConfigError, Fault
 from pipeline.flow.stage import NOTHING, Catalog, StageSpec
 
@@ -58,6 +58,7 @@ class Conversion:
     options: tuple[str, ...] = ()
     compress: bool = False
     endpoint: str = ""
+    ca_file: str = ""
     overwrite: bool = False
     verify: bool = True
 
@@ -88,6 +89,8 @@ def conversion_text(asked: Conversion, catalog: Catalog, *, masked: bool = False
         stages.append(("verify.readback", {}))
     lines = [f"# {_one_line(shown(asked.source))} -> {_one_line(shown(asked.target))}, as `pipeline convert` does it."]
     lines += ["", "[export]", f"name = {toml_text(_name(asked.target))}"]
+    if asked.target == STDOUT or is_url(asked.target):
+        lines += ['manifest = "off" # as with qemu-img, nothing is left in the current folder']
     for use, options in stages:
         lines += ["", "[[stage]]", *_lines({"use": use, **options}, shown)]
     return "\n".join(lines) + "\n"
@@ -158,7 +161,7 @@ def _value(text: str, item: OptionField) -> Any:
 def _source(asked: Conversion) -> tuple[str, dict[str, Any]]:
     if asked.is_disk:
         return "read.disk", {"path": _path(asked.source), "blocks": "all"}
-    options: dict[str, Any] = {"url" if _is_url(asked.source) else "path": _path(asked.source)}
+    options: dict[str, Any] = {"url" if is_url(asked.source) else "path": _path(asked.source)}
     options["format"] = FORMAT_ALIASES.get(asked.source_format, asked.source_format)
     optional = {
         "extents": list(asked.extents),
@@ -166,6 +169,7 @@ def _source(asked: Conversion) -> tuple[str, dict[str, Any]]:
         "backing": list(asked.backing),
         "backing_format": asked.backing_format if asked.backing else "",
         "endpoint": asked.endpoint if asked.source.startswith("s3:") else "",
+        "ca_file": asked.ca_file if is_url(asked.source) else "",
     }
     return "read.image", options | {name: value for name, value in optional.items() if value}
 
@@ -179,6 +183,8 @@ def _writer(asked: Conversion, catalog: Catalog, faults: list[Fault]) -> tuple[S
         faults.append(Fault(reason=str(error), file="convert"))
         return None, {}
     options: dict[str, Any] = dict(target.options)
+    if asked.ca_file and "ca_file" in {item.name for item in option_fields(target.writer.options)}:
+        options["ca_file"] = asked.ca_file
     if asked.overwrite:
         options["overwrite"] = True
     return target.writer, options
@@ -204,12 +210,14 @@ def _name(target: str) -> str:
     return name if name.strip(" -") and name.isprintable() else "convert"
 
 
-def _is_url(place: str) -> bool:
+def is_url(place: str) -> bool:
+    """Whether it is not on this machine, or no file."""
     return "://" in place and not place.startswith("file://")
 
 
 def _path(place: str) -> str:
-    return place.removeprefix("file://")
+    """A URL as it is; of a file its path."""
+    return path_of_file_url(place) if place.startswith("file://") else place
 
 
 def _one_line(text: str) -> str:

@@ -35,7 +35,9 @@ class ExportOptions:
 
     name: str = option(doc="Names the run in messages, logs and the manifest.", example='"web01"')
     memory: Size = option(Size(96 * MiB), doc="Everything that holds disk bytes; at least 32 MiB.")
-    manifest: Path | None = option(None, doc="Where the local copy of the manifest goes; default: beside this file.")
+    manifest: Literal["off"] | Path | None = option(
+        None, doc="Where the local copy of the manifest goes, or off; default: beside this file."
+    )
     journal: Literal["off"] | Path | None = option(
         None,
         doc="Where the run notes what was sent, so that a killed one can be resumed; default: the user's state folder.",

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from urllib.parse import unquote
 
 from pipeline.config.options import option_fields
 from pipeline.flow.stage import Catalog, StageSpec
@@ -78,6 +79,11 @@ class Proposal:
     journal: str = ""
 
 
+def path_of_file_url(url: str) -> str:
+    """The path that it names, without its quoting."""
+    return unquote(url.removeprefix("file://"))
+
+
 def target_of(url: str, catalog: Catalog, endpoint: str = "") -> Target:
     """The writer for a path or URL.
 
@@ -90,7 +96,7 @@ def target_of(url: str, catalog: Catalog, endpoint: str = "") -> Target:
         known = sorted({f"{one}://" for spec in catalog if spec.role == "write" for one in spec.schemes})
         raise ValueError(f"nothing is stored under {scheme}:// here; a path, or a URL with {', '.join(known)}")
     names = {item.name for item in option_fields(writer.options)}
-    options = {"url": url} if "url" in names else {"path": url.removeprefix("file://")}
+    options = {"url": url} if "url" in names else {"path": path_of_file_url(url) if url.startswith("file://") else url}
     if endpoint and "endpoint" not in names:
         raise ValueError(f"{writer.name} has no endpoint")
     if endpoint:

@@ -484,6 +484,8 @@ def _keep(plan: RunPlan, journal: RunJournal, error: BaseException) -> None:
 async def _keep_local_copy(plan: RunPlan, stored: StoredImage, manifest: Manifest, manifest_uri: str) -> Path | None:
     """Write the manifest beside the TOML or where [export] says. The image is published: failing undoes nothing."""
     export = plan.config.export
+    if export.manifest == "off":
+        return None
     name = stored.uri.rstrip("/").rpartition("/")[2]
     path = export.manifest or plan.config.file.parent / (name + MANIFEST_SUFFIX)
     if path.absolute() == Path(manifest_uri):

@@ -678,7 +678,8 @@ class StageSpec:
         head_minimum: for writers in numbered parts: how long a head that comes last has to be to be a part of its own,
             by the length of the longest image; else the store's smallest part.
         image: whether the option values shape the image's bytes (then they go into the manifest as such).
-        open_reader: opens a stored object by URL for reading, where `schemes` names the URL schemes.
+        open_reader: opens a stored object by URL for reading, where `schemes` names the URL schemes; takes `endpoint`
+            and `ca_file` too.
     """
 
     name: str

@@ -136,6 +136,13 @@ def _sizes(index: FrameIndex) -> Iterable[int]:
     return (min(index.window, index.size - number * index.window) for number in range(frames))
 
 
+async def has_seek_table(reader: RangeReader) -> bool:
+    """Whether a zstd stream says where its frames are. Raises StoreError."""
+    if reader.size < _HEADER.size + _FOOTER.size:
+        return False
+    return int.from_bytes(await reader.read(reader.size - 4, 4), "little") == _SEEKABLE_MAGIC
+
+
 async def _open_seekable(reader: RangeReader, index: FrameIndex | None) -> FramedReader:
     if reader.size < _HEADER.size + _FOOTER.size:
         raise corrupt("zstd", "the stream is too short for a seek table", 0)

@@ -1,7 +1,7 @@
 """Read a Google Compute Engine image: `disk.raw` in a tar archive, packed with gzip.
 
 The stream is unpacked as it is read: ascending reads cost it once, going back costs up to 16 MiB and more of
-unpacking again (`InflatedStream`). Holes are known where tar recorded them (`tar -S`), otherwise everything is data.
+unpacking again (`UnpackedStream`). Holes are known where tar recorded them (`tar -S`), otherwise everything is data.
 
 Source: Google Cloud, "Import virtual disks manually", requirements of the image file; GNU tar, "Old GNU Format".
 """
@@ -16,10 +16,10 @@ from contextlib import aclosing
 from pipeline.flow.items import RangeReader
 from pipeline.units import MiB
 from stages.decode.image import Fetched, Stretch
-from stages.decode.inflated import InflatedStream
 from stages.decode.mapped import MappedImage
 from stages.decode.refusal import corrupt
 from stages.decode.tar import RECORD, Member, walk
+from stages.decode.unpacked import UnpackedStream
 
 DISK = "disk.raw"
 # GNU tar pads to 10 KiB, with larger blocking factors to more.
@@ -32,7 +32,7 @@ class GceImage(MappedImage):
     format = "gce"
     is_packed = True
 
-    def __init__(self, stream: InflatedStream, member: Member) -> None:
+    def __init__(self, stream: UnpackedStream, member: Member) -> None:
         super().__init__(stream, member.size)
         self._stream = stream
         self._member = member
@@ -81,7 +81,7 @@ async def open_gce(reader: RangeReader, *, strict: bool = False) -> GceImage:
         FormatError: no such archive, damaged or hostile.
         StoreError: it can't be read.
     """
-    stream = InflatedStream(reader, "gce")
+    stream = UnpackedStream(reader, "gce")
     async with aclosing(walk(stream, "gce")) as members:
         member = await anext(members, None)
     if member is None or member.name.removeprefix("./") != DISK:

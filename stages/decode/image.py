@@ -123,6 +123,20 @@ class HoleAware(Protocol):
         ...
 
 
+async def stored_ranges(reader: RangeReader, start: int, end: int) -> AsyncIterator[range]:
+    """What of [start, end) has storage, in bytes of the reader's object: all of it where the reader knows no holes."""
+    if not isinstance(reader, HoleAware):
+        if start < end:
+            yield range(start, end)
+        return
+    while start < end:
+        data = await reader.next_data(start)
+        if data is None or data.start >= end:
+            return
+        yield range(max(start, data.start), min(end, data.stop))
+        start = data.stop
+
+
 async def tile(data: AsyncIterator[range], offset: int, end: int) -> AsyncIterator[Extent]:
     """Turn ascending stretches of stored guest bytes inside [offset, end) into extents that cover it."""
     position = offset

@@ -10,13 +10,18 @@ import stat
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from pipeline.errors import StoreError
 from pipeline.flow.items import RangeReader
+from pipeline.flow.pacing import RateLimit
 from stages.compress.index import FRAME_INDEX, FrameIndex
-from stages.decode.framed import open_framed
+from stages.decode.framed import has_seek_table, open_framed
 from stages.decode.image import DecodedImage
 from stages.decode.opening import ALIASES, open_image
 from stages.decode.probing import probe
+from stages.decode.slowed import slowed
+from stages.decode.unpacked import UnpackedStream
 from stages.store.file import local_path
 from stages.store.stored import open_stored, read_manifest, scheme_of
 
@@ -35,6 +40,8 @@ class NamedImage:
         backing: what a qcow2 overlay lies on, the next below it first.
         backing_format: of all of those.
         endpoint: for S3 URLs.
+        ca_file: PEM certificates to trust instead of the system's.
+        limit: of what is read from all of the files together; None for none.
     """
 
     place: str
@@ -44,6 +51,8 @@ class NamedImage:
     backing: tuple[str, ...] = ()
     backing_format: str = AUTO
     endpoint: str = ""
+    ca_file: Path | None = None
+    limit: RateLimit | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,19 +74,28 @@ class OpenedFiles:
     backing: OpenedFiles | None
 
     async def open_packed(self) -> tuple[RangeReader, str]:
-        """The image and its format without the compressor around it. Raises FormatError, StoreError."""
+        """The image and its format without the compressor around it. Raises FormatError, StoreError.
+
+        A stream without an index of its frames, as the usual tools make it, is unpacked once to find its size.
+        """
         inner, _, codec = self.format.partition("+")
-        return (await open_framed(self.reader, codec, self.index), inner) if codec else (self.reader, inner)
+        if not codec:
+            return self.reader, inner
+        if self.index is not None or (codec == "zstd" and await has_seek_table(self.reader)):
+            return await open_framed(self.reader, codec, self.index), inner
+        stream = UnpackedStream(self.reader, codec, codec)
+        await stream.measure()
+        return stream, inner
 
     async def open_image(self) -> DecodedImage:
         """Read and check the header. Raises as `opening.open_image`."""
         backing = await self.backing.open_image() if self.backing else None
+        reader, format = await self.open_packed()
         return await open_image(
-            self.reader,
-            self.format,
+            reader,
+            format,
             extents=self.extents or None,
             member=self.named.member,
-            index=self.index,
             backing=backing,
         )
 
@@ -91,8 +109,12 @@ async def open_files(named: NamedImage) -> AsyncIterator[OpenedFiles]:
         StoreError, PlanError: a file can't be opened.
     """
     async with AsyncExitStack() as stack:
-        reader = await stack.enter_async_context(open_stored(named.place, named.endpoint))
-        extents = [await stack.enter_async_context(open_stored(one, named.endpoint)) for one in named.extents]
+        reader, *extents = [
+            await stack.enter_async_context(open_stored(one, named.endpoint, ca_file=named.ca_file))
+            for one in (named.place, *named.extents)
+        ]
+        if named.limit is not None:
+            reader, *extents = [slowed(one, named.limit) for one in (reader, *extents)]
         format, note = ALIASES.get(named.format, named.format), ""
         if format == AUTO:
             name = named.place.partition("?")[0] if scheme_of(named.place) != "file" else named.place
@@ -132,7 +154,10 @@ def is_block_device(place: str) -> bool:
 
 
 async def _index(named: NamedImage) -> FrameIndex | None:
-    """Where the frames of a stream lie; only its manifest knows."""
-    manifest = await read_manifest(named.place, named.endpoint)
+    """Where the frames of a stream lie; only its manifest knows. None without one: others make such streams too."""
+    try:
+        manifest = await read_manifest(named.place, named.endpoint, ca_file=named.ca_file)
+    except StoreError:
+        return None
     told = manifest.facts.get(FRAME_INDEX.name)
     return FrameIndex.from_json(told) if told is not None else None

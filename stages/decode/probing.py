@@ -2,7 +2,7 @@
 
 What a guess finds may have been chosen by a guest: the first bytes of a raw disk are the guest's. So a probe is made
 once, never of a block device, its result is recorded, and a format that was declared is never probed. Probing reads
-the first 1 KiB, the last 512 bytes and, for gzip, the begin of the stream; it opens nothing that an image names.
+the first 1 KiB, the last 512 bytes and, of a packed stream, its begin; it opens nothing that an image names.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pipeline.flow.items import RangeReader
 from pipeline.units import KiB
 from stages.decode import vhd, vhdx, vmdk
 from stages.decode.gce import DISK
-from stages.decode.inflated import GZIP_MAGIC, InflatedStream
-from stages.decode.tar import has_checksum, walk
+from stages.decode.tar import RECORD, has_checksum, walk
+from stages.decode.unpacked import GZIP_MAGIC, UnpackedStream
 from stages.decode.vmdk_descriptor import FIRST_LINE
 
 _HEAD = KiB
@@ -35,8 +35,7 @@ _FOREIGN = (
     (0, b"WithouFreSpacExt", "Parallels"),
     (0, b"\xbe\xba\xfe\xca\0\0\0\0", "SEsparse VMDK"),
     (0, b"OOOM\0\0\0\0", "UML copy-on-write"),
-    (0, b"\x28\xb5\x2f\xfd", "zstd stream"),
-    (0, b"\x04\x22\x4d\x18", "LZ4 stream"),
+    (0, b"\x02\x21\x4c\x18", "LZ4 stream of the old kind"),
     (0, b"\xfd7zXZ\0", "xz stream"),
     (0, b"BZh", "bzip2 stream"),
     (0, b"PK\x03\x04", "zip archive"),
@@ -51,6 +50,9 @@ _SUFFIXES = {
     ".tar.gz": "gce",
     ".tgz": "gce",
 }
+_CODECS = ((GZIP_MAGIC, "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"\x04\x22\x4d\x18", "lz4"))
+_SKIPPABLE_FIRST = tuple(bytes([0x50 + number]) for number in range(16))
+_PACKED_SUFFIXES = (".gz", ".zst", ".zstd", ".lz4")
 _RAW_SUFFIXES = (".raw", ".img", ".bin", ".dd", ".iso")
 
 
@@ -91,8 +93,9 @@ async def probe(reader: RangeReader, *, name_hint: str = "", is_block_device: bo
     for at, magic, name in _FOREIGN:
         if head[at:].startswith(magic):
             raise _unclear(f"this looks like a {name}, which is not read here")
-    if head.startswith(GZIP_MAGIC):
-        return await _probe_gzip(reader)
+    for magic, codec in _CODECS:
+        if head.startswith(magic) or (codec == "zstd" and _is_skippable(head)):
+            return await _probe_packed(reader, codec, name_hint.lower())
     if head[257:262] == b"ustar" and has_checksum(head[:512]):
         return await _probe_tar(reader)
     name = name_hint.lower()
@@ -100,10 +103,17 @@ async def probe(reader: RangeReader, *, name_hint: str = "", is_block_device: bo
     if footer is not None and not (footer.note and name.endswith(_RAW_SUFFIXES)):
         return footer
     expected = next((format for suffix, format in _SUFFIXES.items() if name.endswith(suffix)), None)
+    if expected is None and name.endswith(_PACKED_SUFFIXES):
+        expected = "packed"
     if expected is not None:
         raise _unclear(f"it is named like a {expected} image, but does not look like one: it may be cut short")
     note = "its last sector looks like the footer of a fixed VHD" if footer else "no other format's magic was found"
     return Probe(format="raw", note=note)
+
+
+def _is_skippable(head: bytes) -> bool:
+    """Whether it begins with a frame that readers pass over, as parallel compressors write. RFC 8878, section 3.1.2."""
+    return head[:1] in _SKIPPABLE_FIRST and head[1:4] == b"\x2a\x4d\x18"
 
 
 async def _probe_vhd(reader: RangeReader, head: bytes) -> Probe | None:
@@ -122,15 +132,32 @@ async def _probe_vhd(reader: RangeReader, head: bytes) -> Probe | None:
     )
 
 
-async def _probe_gzip(reader: RangeReader) -> Probe:
+async def _probe_packed(reader: RangeReader, codec: str, name: str) -> Probe:
+    """What the begin of a packed stream unpacks to: a GCE archive, or an image by its magic, or by its name a disk."""
+    stream = UnpackedStream(reader, codec, codec)
     try:
-        async with aclosing(walk(InflatedStream(reader, "gce"), "gce")) as members:
-            member = await anext(members, None)
+        # Shorter ones than a record are no disk.
+        head = await stream.read(0, RECORD)
     except FormatError:
-        member = None
-    if member is None or member.name.removeprefix("./") != DISK:
-        raise _unclear(f"this is a gzip stream, but no archive that begins with {DISK}")
-    return Probe(format="gce")
+        raise _unclear(f"this looks like a {codec} stream, but does not unpack") from None
+    if codec == "gzip" and has_checksum(head):
+        async with aclosing(walk(stream, "gce")) as members:
+            member = await anext(members, None)
+        if member is not None and member.name.removeprefix("./") == DISK:
+            return Probe(format="gce")
+    note = f"packed with {codec}"
+    for magic, format in _AT_THE_BEGIN:
+        if head.startswith(magic):
+            return Probe(format=f"{format}+{codec}", note=note)
+    if head.startswith(vhd.COOKIE):
+        return Probe(format=f"vhd+{codec}", note=note)
+    inner = next((name.removesuffix(one) for one in _PACKED_SUFFIXES if name.endswith(one)), "")
+    if inner.endswith(_RAW_SUFFIXES):
+        return Probe(format=f"raw+{codec}", note=f"{note}, and no format's magic was found inside")
+    raise _unclear(
+        f"this is a {codec} stream, but neither its begin nor its name says of what",
+        hint=f"If it is a disk as it is, declare raw+{codec}.",
+    )
 
 
 async def _probe_tar(reader: RangeReader) -> Probe:
@@ -141,7 +168,6 @@ async def _probe_tar(reader: RangeReader) -> Probe:
     raise _unclear("this is a tar archive without the description (.ovf) of an OVA")
 
 
-def _unclear(reason: str) -> FormatError:
-    return FormatError(
-        reason, operation="probe", hint="If you know better, declare the format; raw takes the bytes as they are."
-    )
+def _unclear(reason: str, *, hint: str = "") -> FormatError:
+    usual = "If you know better, declare the format; raw takes the bytes as they are."
+    return FormatError(reason, operation="probe", hint=hint or usual)

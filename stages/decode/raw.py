@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from pipeline.flow.items import RangeReader
-from stages.decode.image import READ_MAX, Extent, Fetched, HoleAware, Stretch, fill, gather, tile
+from stages.decode.image import READ_MAX, Extent, Fetched, Stretch, fill, gather, stored_ranges, tile
 from stages.decode.places import Place
 
 
@@ -21,7 +21,7 @@ class RawImage:
 
     def extents(self, offset: int, length: int) -> AsyncIterator[Extent]:
         """Tile the range: as the reader knows its holes, else all of it is stored."""
-        return tile(self._stored(offset, offset + length), offset, offset + length)
+        return tile(stored_ranges(self._reader, offset, offset + length), offset, offset + length)
 
     async def fetch(self, offset: int, length: int) -> Fetched:
         """Read the range as it is."""
@@ -44,18 +44,6 @@ class RawImage:
     async def read(self, offset: int, length: int) -> bytes:
         """`length` guest bytes."""
         return await self._reader.read(offset, length)
-
-    async def _stored(self, offset: int, end: int) -> AsyncIterator[range]:
-        if not isinstance(self._reader, HoleAware):
-            if offset < end:
-                yield range(offset, end)
-            return
-        while offset < end:
-            data = await self._reader.next_data(offset)
-            if data is None or data.start >= end:
-                return
-            yield range(max(offset, data.start), min(end, data.stop))
-            offset = data.stop
 
 
 async def open_raw(reader: RangeReader, *, strict: bool = False) -> RawImage:

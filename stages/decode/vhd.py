@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from pipeline.flow.items import RangeReader
 from pipeline.units import GiB, MiB, round_up
-from stages.decode.image import Stretch
+from stages.decode.image import Stretch, stored_ranges
 from stages.decode.mapped import MappedImage, Pages
 from stages.decode.refusal import corrupt, unsupported
 
@@ -91,13 +91,13 @@ class Layout:
 
 
 class FixedVhd(MappedImage):
-    """A fixed VHD: the disk, then the footer. Holes are not known."""
+    """A fixed VHD: the disk, then the footer. Holes are known where the reader knows them (local files)."""
 
     format = "vhd"
 
     async def _stretches(self, offset: int, end: int) -> AsyncIterator[Stretch]:
-        if offset < end:
-            yield Stretch(offset, end - offset, offset, end - offset)
+        async for part in stored_ranges(self._reader, offset, end):
+            yield Stretch(part.start, len(part), part.start, len(part))
 
 
 class DynamicVhd(MappedImage):

@@ -17,7 +17,7 @@ from typing import cast
 from pipeline.flow.items import RangeReader
 from pipeline.units import KiB, MiB
 from stages.decode.compressed import Unpackable
-from stages.decode.image import Extent, Fetched, Stretch, fill, tile
+from stages.decode.image import Extent, Fetched, Stretch, fill, stored_ranges, tile
 from stages.decode.mapped import PAGE, MappedImage, Pages
 from stages.decode.refusal import corrupt, unsupported
 from stages.decode.vmdk_descriptor import (
@@ -214,8 +214,8 @@ class FlatExtent(MappedImage):
         self._start = start
 
     async def _stretches(self, offset: int, end: int) -> AsyncIterator[Stretch]:
-        if offset < end:
-            yield Stretch(offset, end - offset, self._start + offset, end - offset)
+        async for part in stored_ranges(self._reader, self._start + offset, self._start + end):
+            yield Stretch(part.start - self._start, len(part), part.start, len(part))
 
 
 class JoinedVmdk:

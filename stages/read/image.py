@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +18,9 @@ from pipeline.config.options import without_secrets
 from pipeline.errors import SourceError
 from pipeline.events import ImageOpened
 from pipeline.flow.items import Block, Content, Run, Why
+from pipeline.flow.pacing import RateLimit
 from pipeline.flow.stage import BLOCKS, DISK_SIZE, NOTHING, SourceInfo, StageContext, StageSpec, option
-from pipeline.units import MiB
+from pipeline.units import MiB, Size
 
 if TYPE_CHECKING:
     from stages.decode.image import DecodedImage, Fetched
@@ -31,6 +32,8 @@ _WINDOW = 2 * MiB
 _FETCHES = 4
 # What a reader keeps of tables.
 _TABLES = 8 * MiB
+# What unpacking a stream without an index holds: the bytes behind the reading place, the window, what is read ahead.
+_UNPACKING = 24 * MiB
 # How long planning may look at the tables to tell how much there is to read; the rest counts as data.
 _LOOK_S = 1.0
 
@@ -46,7 +49,7 @@ class Options:
     )
     format: str = option(
         "auto",
-        doc="raw, qcow2, vhd, vmdk, vhdx, ova or gce; raw+zstd and the like for our compressed streams. auto looks "
+        doc="raw, qcow2, vhd, vmdk, vhdx, ova or gce; raw+zstd and the like inside gzip, zstd or lz4. auto looks "
         "once, and never at a block device; declare the disk of a guest that you do not trust.",
     )
     extents: tuple[str, ...] = option(
@@ -58,6 +61,10 @@ class Options:
     )
     backing_format: str = option("auto", doc="The format of the backing images.")
     endpoint: str = option("", doc="Of an S3-compatible store; else as for write.s3.")
+    ca_file: Path | None = option(None, doc="PEM certificates to trust instead of the system's.", may_change=True)
+    rate_limit: Size | None = option(
+        None, doc='Read at most this much a second, as in "40 MiB", of what the image stores.', may_change=True
+    )
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.url is None):
@@ -78,6 +85,7 @@ class Options:
             backing=self.backing,
             backing_format=self.backing_format,
             endpoint=self.endpoint,
+            ca_file=self.ca_file,
         )
 
 
@@ -107,7 +115,9 @@ class ImageReader:
         """
         from stages.decode.named import open_files
 
-        files = await self._stack.enter_async_context(open_files(self._options.named))
+        limit = RateLimit(self._context.clock, self._options.rate_limit)
+        named = replace(self._options.named, limit=limit)
+        files = await self._stack.enter_async_context(open_files(named))
         self._image = image = await files.open_image()
         self._context.emit(
             ImageOpened(
@@ -124,7 +134,7 @@ class ImageReader:
             mapped_bytes=await self._mapped(image),
             path=str(self._options.path) if self._options.path is not None else None,
             block_size=_WINDOW,
-            own_bytes=_FETCHES * (2 * _WINDOW + MiB) + _TABLES,
+            own_bytes=_FETCHES * (2 * _WINDOW + MiB) + _TABLES + (_UNPACKING if "+" in files.format else 0),
             identity=_identity(files, image),
         )
 

@@ -92,11 +92,13 @@ class FileReader:
 
 
 @asynccontextmanager
-async def open_file_reader(url: str | Path, *, endpoint: str = "") -> AsyncIterator[FileReader]:
+async def open_file_reader(
+    url: str | Path, *, endpoint: str = "", ca_file: Path | None = None
+) -> AsyncIterator[FileReader]:
     """Open a path or a `file:` URL for reading.
 
     Args:
-        endpoint: ignored; every opener takes it.
+        endpoint, ca_file: ignored; every opener takes them.
     Raises:
         StoreError: it can't be opened, or is neither a file nor a block device.
     """

@@ -13,6 +13,8 @@ from pipeline.units import MiB
 from stages.store.file import local_path
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pipeline.flow.items import RangeReader
     from pipeline.flow.manifest import Manifest
 
@@ -20,9 +22,13 @@ if TYPE_CHECKING:
 _MANIFEST_MAX = 256 * MiB
 
 
-def open_stored(url: str, endpoint: str = "") -> AbstractAsyncContextManager[RangeReader]:
+def open_stored(
+    url: str, endpoint: str = "", *, ca_file: Path | None = None
+) -> AbstractAsyncContextManager[RangeReader]:
     """Open a path or URL for reading, by the stage of the catalog that answers for its scheme.
 
+    Args:
+        ca_file: PEM certificates to trust instead of the system's, where the scheme has any.
     Raises:
         PlanError: no stage does. Entering it raises StoreError where it can't be read.
     """
@@ -31,7 +37,7 @@ def open_stored(url: str, endpoint: str = "") -> AbstractAsyncContextManager[Ran
     scheme = scheme_of(url)
     for spec in CATALOG:
         if scheme in spec.schemes and spec.open_reader is not None:
-            opened: AbstractAsyncContextManager[RangeReader] = spec.open_reader(url, endpoint=endpoint)
+            opened: AbstractAsyncContextManager[RangeReader] = spec.open_reader(url, endpoint=endpoint, ca_file=ca_file)
             return opened
     known = sorted({scheme for spec in CATALOG for scheme in spec.schemes if spec.open_reader is not None})
     raise PlanError(
@@ -66,10 +72,11 @@ def is_disk(place: str) -> bool:
         return False
 
 
-async def read_manifest(image: str, endpoint: str, told: str = "") -> Manifest:
+async def read_manifest(image: str, endpoint: str, told: str = "", *, ca_file: Path | None = None) -> Manifest:
     """The manifest of the image at a path or URL.
 
     Args:
+        ca_file: as for `open_stored`.
         told: where it is, if not beside the image.
     Raises:
         FormatError: it is none, or contradicts itself. StoreError: it can't be read.
@@ -86,7 +93,7 @@ async def read_manifest(image: str, endpoint: str, told: str = "") -> Manifest:
     where = told or manifest_uri(image)
     shown = without_secrets(where)
     try:
-        async with open_stored(where, endpoint) as reader:
+        async with open_stored(where, endpoint, ca_file=ca_file) as reader:
             if reader.size > _MANIFEST_MAX:
                 raise FormatError(
                     "this is too large for a manifest",

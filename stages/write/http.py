@@ -594,11 +594,11 @@ def _revealed(value: str | Secret) -> str:
     return value.reveal() if isinstance(value, Secret) else value
 
 
-def open_reader(url: str, *, endpoint: str = "") -> object:
+def open_reader(url: str, *, endpoint: str = "", ca_file: Path | None = None) -> object:
     """Open `http(s)://...` or `dav(s)://...` for random reads; see `open_web_reader`."""
     from stages.store.web import open_web_reader
 
-    return open_web_reader(url, endpoint=endpoint)
+    return open_web_reader(url, endpoint=endpoint, ca_file=ca_file)
 
 
 SPEC = StageSpec(

@@ -219,15 +219,16 @@ class NbdWriter(BlockWriter):
         )
 
 
-def open_reader(url: str, *, endpoint: str = "") -> Any:
+def open_reader(url: str, *, endpoint: str = "", ca_file: Path | None = None) -> Any:
     """Open `nbd://...` for random reads. Entering it raises PlanError or StoreError.
 
     Args:
         endpoint: ignored; every opener takes it.
+        ca_file: for nbds, instead of the certificates that the URL names and the system's.
     """
     from stages.store.nbd import open_nbd_reader
 
-    return open_nbd_reader(url)
+    return open_nbd_reader(url, ca_file=ca_file)
 
 
 SPEC = StageSpec(

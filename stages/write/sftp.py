@@ -538,11 +538,11 @@ def client_library() -> Any:
 
 
 @asynccontextmanager
-async def open_reader(url: str, *, endpoint: str = "") -> AsyncIterator[RangeReader]:
+async def open_reader(url: str, *, endpoint: str = "", ca_file: Path | None = None) -> AsyncIterator[RangeReader]:
     """Open `sftp://...` for random reads. Raises PlanError or StoreError.
 
     Args:
-        endpoint: ignored; every opener takes it.
+        endpoint, ca_file: ignored; every opener takes them.
     """
     opened: Callable[[str], Any] = client_library().open_reader
     async with opened(url) as reader:

@@ -8,7 +8,9 @@ import os
 import subprocess
 import tomllib
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from click.testing import CliRunner
@@ -21,6 +23,9 @@ from stages.catalog import CATALOG
 from tests.commands.conftest import Said
 from tests.decode.images import mixed_disk, run
 from tests.end_to_end.command import PROGRAM
+from tests.stores.nbd import NbdServer
+from tests.stores.nginx import WebServer
+from tests.stores.openssh import SftpServer
 from tests.stores.ranged import ranged_server
 from tests.stores.s3 import S3Server
 
@@ -144,7 +149,51 @@ def test_from_and_to_a_store(
     said = convert("--endpoint", seaweedfs.endpoint, f"s3://{bucket}/web.vhd", "back.raw")
     assert said.code == 0, said.err
     same(sources["raw"], "raw", tmp_path / "back.raw", "raw")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["back.raw", "back.raw.manifest.json"]
     seaweedfs.delete_bucket(bucket)
+
+
+@pytest.mark.parametrize("scheme", ["file", "sftp", "http", "dav", "davs", "nbd", "nbd+unix"])
+def test_to_and_from_every_scheme(
+    request: pytest.FixtureRequest,
+    convert: Convert,
+    sources: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    scheme: str,
+) -> None:
+    """A qcow2 goes there as a compressed image, on a disk in place as raw, and comes back the same. S3: see above."""
+    with ExitStack() as stack:
+        asked: tuple[str, ...] = ("-O", "vmdk")
+        trusted: tuple[str, ...] = ()
+        if scheme == "file":
+            url = f"file://{tmp_path}/with%20space.vmdk"
+        elif scheme == "sftp":
+            server: SftpServer = request.getfixturevalue("sftp_server")
+            ssh = tmp_path / "home" / ".ssh"
+            ssh.mkdir(parents=True)
+            (ssh / "id_ed25519").write_bytes(server.identity.read_bytes())
+            (ssh / "known_hosts").write_bytes(server.known_hosts.read_bytes())
+            monkeypatch.setenv("HOME", str(tmp_path / "home"))
+            url = server.url(f"{tmp_path.name}.image")
+        elif scheme in ("http", "dav", "davs"):
+            web: WebServer = request.getfixturevalue("web_server")
+            folder = "plain" if scheme == "http" else "open"
+            url = web.url(f"{folder}/convert-{tmp_path.name}.image", scheme=scheme)
+            trusted = ("--ca-file", str(web.ca_file)) if scheme == "davs" else ()
+        else:
+            where: Literal["port", "socket"] = "socket" if "unix" in scheme else "port"
+            url = stack.enter_context(NbdServer("nbdkit", "memory", "5M", on=where)).url()
+            asked = ("-O", "raw")
+        assert url.startswith(f"{scheme}://")
+        said = convert(*asked, *trusted, sources["qcow2"], url)
+        assert said.code == 0, said.err
+        assert "verified: identical" in said.out
+        said = convert("-f", asked[1], "-O", "raw", *trusted, url, "back.raw")
+        assert said.code == 0, said.err
+        same(sources["raw"], "raw", tmp_path / "back.raw", "raw")
+        left = {one.name for one in tmp_path.iterdir()} - {"home"}
+        assert left - {"back.raw", "back.raw.manifest.json"} <= {"with space.vmdk", "with space.vmdk.manifest.json"}
 
 
 def test_from_a_web_server(convert: Convert, sources: dict[str, Path], tmp_path: Path) -> None:
@@ -196,6 +245,7 @@ def test_image_on_stdout_is_the_image_alone(sources: dict[str, Path], tmp_path: 
     assert done.returncode == 0, done.stderr
     assert "stored, not verified" in done.stderr
     assert (tmp_path / "out").read_bytes() == sources["raw"].read_bytes()
+    assert [one.name for one in tmp_path.iterdir()] == ["out"]
 
 
 def test_raw_disk_that_begins_like_qcow2_stays_raw_when_declared(convert: Convert, tmp_path: Path) -> None:

@@ -15,13 +15,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import FormatError
 from pipeline.units import KiB, MiB
 
-FORMATS = ("qcow2", "vhd", "vmdk", "vhdx", "ova", "gce", "raw", "qcow2+zstd")
+FORMATS = ("qcow2", "vhd", "vmdk", "vhdx", "ova", "gce", "raw", "qcow2+zstd", "gzip", "zstd", "lz4")
+# Whole streams, as the usual tools make them, read without an index.
+STREAMS = ("gzip", "zstd", "lz4")
 _FOLDER = Path(".cache/fuzz")
 _CHANGES_MAX = 24
 _HANGS_S = 10
@@ -56,6 +59,7 @@ def _fuzz(format: str, seconds: int, again: Path | None) -> None:
         from stages.decode.check.checking import check
         from stages.decode.opening import open_image
         from stages.decode.probing import probe_format
+        from stages.decode.unpacked import UnpackedStream
     from tests.decode.images import BytesReader, content
 
     images = _good(format)
@@ -67,7 +71,9 @@ def _fuzz(format: str, seconds: int, again: Path | None) -> None:
             lambda: probe_format(reader, name_hint="disk"),
             lambda: _read(open_image(reader, format), content),
         ]
-        if "+" not in format:
+        if format in STREAMS:
+            steps[1:] = [lambda: _unpack(UnpackedStream(reader, format, format))]
+        elif "+" not in format:
             steps.append(lambda: check(reader, format, deep=True))
         for step in steps:
             try:
@@ -93,6 +99,12 @@ async def _read(opening: Any, content: Any) -> None:
         await content(image)
 
 
+async def _unpack(stream: Any) -> None:
+    await stream.measure()
+    for offset in (stream.size // 2, 0):
+        await stream.read(offset, min(MiB, stream.size - offset))
+
+
 def _good(format: str) -> list[bytes]:
     """Good images of a format, small."""
     from tests.decode.images import mixed_disk
@@ -105,7 +117,7 @@ def _good(format: str) -> list[bytes]:
         def of_qemu(format: str, options: str = "") -> bytes:
             return made_by_qemu(folder / "made", disk, format, options)[0]
 
-        makers = {
+        makers: dict[str, Callable[[], list[bytes]]] = {
             "qcow2": lambda: [of_qemu("qcow2"), of_qemu("qcow2", "cluster_size=512"), of_qemu("qcow2", "compat=0.10")],
             "vhd": lambda: [of_qemu("vhd", "force_size=on"), of_qemu("vhd", "subformat=fixed,force_size=on")],
             "vmdk": lambda: [of_qemu("vmdk"), of_qemu("vmdk", "subformat=streamOptimized"), made_stream(disk)],
@@ -114,8 +126,16 @@ def _good(format: str) -> list[bytes]:
             "gce": lambda: [made_gce(disk)],
             "raw": lambda: [disk],
             "qcow2+zstd": lambda: [_seekable(of_qemu("qcow2"))],
+            **{one: partial(_packed, one, disk) for one in STREAMS},
         }
         return makers[format]()
+
+
+def _packed(tool: str, disk: bytes) -> list[bytes]:
+    """The disk as one stream, and as several."""
+    parts = (disk, disk[: 100 * KiB], disk[100 * KiB :])
+    whole, *cut = (subprocess.run([tool, "-c"], input=one, capture_output=True, check=True).stdout for one in parts)
+    return [whole, b"".join(cut)]
 
 
 def _seekable(image: bytes) -> bytes:

@@ -48,6 +48,35 @@ def test_strict_sees_a_window_that_other_readers_do_not_keep(distance: int, stra
         inflate(packed, len(data), strict=True)
 
 
+def far_back_later(seed: int) -> tuple[bytes, bytes]:
+    """A stream whose first block has a code of its own, and whose last, with the fixed code, reaches back too far."""
+    draw = random.Random(seed)
+    begin = bytes(byte & 63 for byte in draw.randbytes(16 * KiB))
+    first = zlib.compressobj(9, zlib.DEFLATED, -12, 9)
+    packed = first.compress(begin) + first.flush(zlib.Z_SYNC_FLUSH)
+    end = begin[2 * KiB : 2 * KiB + 300].ljust(4 * KiB, b"x")
+    last = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_FIXED, begin)
+    return begin + end, packed + last.compress(end) + last.flush()
+
+
+def test_strict_sees_a_window_too_large_in_a_later_block_of_some_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of all when it looks at all with care."""
+    made = [far_back_later(seed) for seed in range(400)]
+    refused = 0
+    for data, packed in made:
+        assert packed[0] >> 1 & 0b11 == 0b10
+        try:
+            assert inflate(memoryview(packed), len(data), strict=True) == data
+        except Unpackable:
+            refused += 1
+    assert 0 < refused < 40
+    monkeypatch.setattr("stages.decode.compressed._CAREFUL_EVERY", 1)
+    for data, packed in made[:20]:
+        assert inflate(memoryview(packed), len(data), strict=False) == data
+        with pytest.raises(Unpackable, match="window"):
+            inflate(memoryview(packed), len(data), strict=True)
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_cut_deflate_stream_is_refused(strict: bool) -> None:
     for strategy in (zlib.Z_DEFAULT_STRATEGY, zlib.Z_FIXED):

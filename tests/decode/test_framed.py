@@ -108,6 +108,26 @@ async def test_seek_table_that_lies_about_its_length_is_refused(zstd_stream: byt
         await read_all(bytes(data), "zstd", None)
 
 
+async def test_seek_table_with_reserved_bits_is_refused(zstd_stream: bytes) -> None:
+    """They may come to mean something that changes how the table is read."""
+    for bit in (2, 3, 4, 5, 6):
+        data = bytearray(zstd_stream)
+        data[-5] |= 1 << bit
+        with pytest.raises(FormatError, match="descriptor"):
+            await read_all(bytes(data), "zstd", None)
+
+
+async def test_bytes_between_the_frames_are_refused(stream: Stream, codec: str) -> None:
+    index = index_of(stream)
+    first = index.lengths[0]
+    lengths = array("I", [first + 4, *index.lengths[1:]])
+    data = stream.data[:first] + b"more" + stream.data[first:]
+    if codec == "zstd":  # its own table would contradict the index
+        pytest.skip("the seek table is in the stream")
+    with pytest.raises(FormatError, match="does not end where"):
+        await read_all(bytes(data), codec, replace(index, lengths=lengths))
+
+
 def test_bomb_unpacks_no_more_than_the_index_says() -> None:
     import lz4.frame
     import zstandard

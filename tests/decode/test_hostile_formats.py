@@ -11,6 +11,7 @@ import io
 import struct
 import tarfile
 import time
+import uuid
 import zlib
 from pathlib import Path
 
@@ -87,6 +88,13 @@ def stream_with(payload: bytes) -> bytes:
     image += bytes(-len(image) % 512)
     struct.pack_into("<I", image, at, place)
     return bytes(image) + tail
+
+
+@pytest.mark.parametrize("missing", [1, 4])
+async def test_a_grain_without_its_checksum_is_refused(missing: int) -> None:
+    """All of its bytes are there, and nothing proves them."""
+    packed = zlib.compress(mixed_disk(64 * KiB), 9)
+    assert "ends early" in str(await refused(stream_with(packed[:-missing]), "vmdk"))
 
 
 @pytest.mark.parametrize("length", [0, 1, 64 * KiB - 1, 64 * KiB + 1, 64 * MiB])
@@ -231,6 +239,53 @@ async def test_hostile_pax_records_are_refused(record: bytes) -> None:
         info.size = len(record)
         archive.addfile(info, io.BytesIO(record))
     await refused(made.getvalue() + made_tar({"x.ovf": b"", "x.vmdk": b""}), "ova")
+
+
+async def test_checksum_at_the_end_of_a_gce_archive_is_compared_with_the_last_read() -> None:
+    """The disk ends before the archive does, and its reader asks for no more."""
+    disk = mixed_disk(MiB)
+    image = bytearray(made_gce(disk))
+    assert await read_all(BytesReader(image), "gce") == len(disk)
+    image[-8] ^= 1
+    assert "damaged" in str(await refused(image, "gce"))
+    assert "cut short" in str(await refused(made_gce(disk)[:-1], "gce"))
+
+
+async def test_newer_of_two_vhdx_headers_counts(images: dict[str, bytes]) -> None:
+    """A writer that was killed leaves an old header, with a log that was replayed since, or a new one with a log."""
+    import tests.decode.mutations as changes
+
+    places = (64 * KiB, 128 * KiB)
+    for newer, older in (places, places[::-1]):
+        for at, ends in ((older, True), (newer, False)):
+            image = bytearray(images["vhdx"])
+            changes.x_header(changes.le64(8, 9), which=(newer,))(image)
+            changes.x_header(changes.le64(8, 8), which=(older,))(image)
+            changes.x_header(lambda raw: raw.__setitem__(slice(48, 64), b"l" * 16), which=(at,))(image)
+            if ends:
+                await read_all(BytesReader(image), "vhdx")
+            else:
+                assert "log" in str(await refused(image, "vhdx"))
+
+
+async def test_parent_locator_of_a_vhdx_is_a_parent_whatever_its_flags_say(images: dict[str, bytes]) -> None:
+    import tests.decode.mutations as changes
+
+    image = bytearray(images["vhdx"])
+    table = changes.x_metadata(image)
+    (count,) = struct.unpack_from("<H", image, table + 10)
+    locator = uuid.UUID("a8d35f2d-b30b-454d-abf7-d3d84834ab0c").bytes_le
+    struct.pack_into("<H", image, table + 10, count + 1)
+    image[table + 32 + count * 32 : table + 64 + count * 32] = locator + struct.pack("<IIII", 64 * KiB, 20, 4, 0)
+    assert "a parent image" in str(await refused(image, "vhdx"))
+
+
+async def test_block_of_a_vhdx_inside_of_its_header_is_refused(images: dict[str, bytes]) -> None:
+    import tests.decode.mutations as changes
+
+    image = bytearray(images["vhdx"])
+    changes.x_bat(0, lambda _: 6)(image)
+    assert "outside" in str(await refused(image, "vhdx"))
 
 
 async def test_an_archive_of_very_many_members_is_refused() -> None:

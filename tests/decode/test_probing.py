@@ -60,7 +60,7 @@ async def test_a_footer_at_the_end_of_a_raw_disk_is_told_as_uncertain(tmp_path: 
     assert "footer" in as_raw.note
 
 
-@pytest.mark.parametrize("name", ["a.qcow2", "a.VHD", "b.vmdk", "c.vhdx", "d.ova", "e.tar.gz"])
+@pytest.mark.parametrize("name", ["a.qcow2", "a.VHD", "b.vmdk", "c.vhdx", "d.ova", "e.tar.gz", "f.raw.zst", "g.img.GZ"])
 async def test_a_name_that_the_bytes_deny_is_an_error_and_not_raw(name: str) -> None:
     """A fixed VHD that lost its footer would otherwise be exported with a part of its disk missing."""
     with pytest.raises(FormatError, match="cut short") as caught:

@@ -14,12 +14,13 @@ from pipeline.errors import FormatError, PlanError, StoreError
 from pipeline.events import Event, ImageOpened
 from pipeline.flow.items import Block, Content, Why, tiles
 from pipeline.flow.stage import SourceInfo, make_load
-from pipeline.units import KiB, MiB
+from pipeline.units import GiB, KiB, MiB, Size
 from stages.read.image import ImageReader, Options
 from tests.chains import export, write_toml
 from tests.decode.images import mixed_disk, run
 from tests.decode.made import made_gce, made_ova
 from tests.disks.letters import write_disk
+from tests.stores.nginx import WebServer
 from tests.stores.ranged import ranged_server
 from tests.verify.context import make_context
 
@@ -104,6 +105,19 @@ async def test_zeros_are_long_skips_that_cost_nothing(tmp_path: Path) -> None:
     assert len(blocks) == 4, [block.length for block in blocks]
     assert all(run.content is Content.ZERO and run.why is Why.HOLE for run in blocks[1].runs)
     assert blocks[1].length == 58 * MiB
+
+
+@pytest.mark.parametrize("format, subformat", [("vpc", "fixed,force_size=on"), ("vmdk", "monolithicFlat")])
+async def test_holes_of_a_file_are_known_through_what_lies_around_it(
+    tmp_path: Path, format: str, subformat: str
+) -> None:
+    disk = write_disk(tmp_path / "disk.raw", "A" + "-" * 60 + "B---").read_bytes()
+    image = qemu(tmp_path, disk, format, "-o", f"subformat={subformat}")
+    flat = (str(image.with_name("image-flat.vmdk")),) if format == "vmdk" else ()
+    read, info, blocks = await read_all(Options(path=image, extents=flat))
+    assert read[: len(disk)] == disk
+    assert info.mapped_bytes < 4 * MiB
+    assert max(block.length for block in blocks) > 50 * MiB
 
 
 async def test_replay_begins_at_any_window(tmp_path: Path) -> None:
@@ -271,6 +285,39 @@ async def test_only_what_is_stored_is_fetched(tmp_path: Path) -> None:
         assert "deadbeef" not in str(info.identity)
         assert "pw@" not in str(info.identity)
         assert info.identity["etag"]
+
+
+async def test_rate_limit_holds_for_what_is_fetched(tmp_path: Path) -> None:
+    disk = mixed_disk(8 * MiB)
+    image = qemu(tmp_path, disk, "qcow2", "-c")
+    raw = tmp_path / "disk.raw"
+    for path, format in ((image, "qcow2"), (raw, "raw")):
+        context = make_context("read.image", disk_size=0)
+        source = ImageReader(Options(path=path, rate_limit=Size(MiB), format=format), context)
+        await source.open()
+        for block in [block async for block in source.windows(WINDOW)]:
+            await make_load(source, block)
+        await source.close()
+        # The clock only moves while something waits for its turn: the last window of 2 MiB makes nobody wait.
+        seconds = path.stat().st_size / MiB
+        assert seconds - 3 < context.clock.now() < seconds + 2
+
+
+async def test_slowed_file_still_knows_its_holes(tmp_path: Path) -> None:
+    write_disk(tmp_path / "disk.raw", "A------B")
+    options = Options(path=tmp_path / "disk.raw", format="raw", rate_limit=Size(GiB))
+    assert (await read_all(options))[1].mapped_bytes == 2 * MiB
+
+
+async def test_server_with_a_certificate_of_its_own_is_trusted_where_the_user_says(
+    tmp_path: Path, web_server: WebServer
+) -> None:
+    disk = mixed_disk(4 * MiB)
+    (web_server.data / "open" / "ca.qcow2").write_bytes(qemu(tmp_path, disk, "qcow2").read_bytes())
+    url = web_server.url("open/ca.qcow2", scheme="https")
+    with pytest.raises(StoreError, match="certificate"):
+        await read_all(Options(url=url))
+    assert (await read_all(Options(url=url, ca_file=web_server.ca_file)))[0] == disk
 
 
 async def test_fetching_ends_at_once_when_it_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
