@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from pipeline.commands.console import (
     JsonEvents,
     check_observers,
     error_to_tell,
+    next_command,
     run_async,
     takes_export_file,
     until_interrupted,
@@ -79,7 +79,7 @@ def command(
     attempt = Attempt(
         mode=Mode.RESUME if resume else Mode.DISCARD if discard else Mode.NEW,
         recheck=recheck,
-        command=shlex.join(["pipeline", "run", str(file), *(word for one in overrides for word in ("--set", one))]),
+        command=next_command("run", file, overrides),
     )
     return run_async(partial(run_chain, console, config, chain, quiet, attempt, profile))
 
