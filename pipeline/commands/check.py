@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.commands.console import Console, takes_export_file, verb
+from pipeline.commands.console import Console, next_command, takes_export_file, verb
 
 
 @click.command("check")
@@ -23,6 +23,7 @@ def command(console: Console, file: Path, overrides: tuple[str, ...]) -> int:
 
         check_chain(config, chain)
     console.say(f"{file} is fine: {' -> '.join(chain.names)}")
-    console.say(f'Pieces travel in the order "{chain.order.value}". The next step: pipeline plan {file}')
+    following = next_command("plan", file, overrides)
+    console.say(f'Pieces travel in the order "{chain.order.value}". The next step: {following}')
     console.tell("checked", name=config.export.name, file=file, chain=chain.names, order=chain.order.value)
     return 0

@@ -6,10 +6,11 @@ import dataclasses
 import functools
 import json
 import os
+import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -329,6 +330,11 @@ class JsonEvents:
                 return
             self._verified = percent
         self._console.tell(events.event_type(event), **dataclasses.asdict(event))
+
+
+def next_command(verb: str, file: Path, overrides: Sequence[str]) -> str:
+    """The shell command that does the next thing with the same export file and the same `--set`."""
+    return shlex.join(["pipeline", verb, str(file), *(word for one in overrides for word in ("--set", one))])
 
 
 def _print(line: str, stream: IO[str]) -> None:

@@ -11,6 +11,7 @@ import click
 from pipeline.commands.console import (
     Console,
     check_observers,
+    next_command,
     run_async,
     takes_export_file,
     until_interrupted,
@@ -37,15 +38,19 @@ def command(console: Console, file: Path, overrides: tuple[str, ...]) -> int:
         from stages.preflight.target import check_chain
 
         profile = check_chain(config, chain)
-    return run_async(partial(_plan, console, config, chain, profile))
+    return run_async(partial(_plan, console, config, chain, profile, next_command("run", file, overrides)))
 
 
-async def _plan(console: Console, config: ExportConfig, chain: WiredChain, profile: Profile | None) -> int:
-    work = partial(_show, console, config, chain, profile)
+async def _plan(
+    console: Console, config: ExportConfig, chain: WiredChain, profile: Profile | None, following: str
+) -> int:
+    work = partial(_show, console, config, chain, profile, following)
     return await until_interrupted(work, console, cleaned="nothing was sent")
 
 
-async def _show(console: Console, config: ExportConfig, chain: WiredChain, profile: Profile | None) -> int:
+async def _show(
+    console: Console, config: ExportConfig, chain: WiredChain, profile: Profile | None, following: str
+) -> int:
     from pipeline.config.planning import plan_run
     from pipeline.events import EventStream
     from pipeline.flow.stage import Rounding
@@ -66,7 +71,7 @@ async def _show(console: Console, config: ExportConfig, chain: WiredChain, profi
             console.say(
                 f"The sizes suit {profile.title}. Will it boot there? pipeline preflight --profile {profile.name}"
             )
-        console.say(f"Nothing was sent. The next step: pipeline run {config.file}")
+        console.say(f"Nothing was sent. The next step: {following}")
         console.tell(
             "plan",
             name=plan.name,

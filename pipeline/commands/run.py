@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,12 +14,12 @@ from pipeline.commands.console import (
     JsonEvents,
     check_observers,
     error_to_tell,
+    next_command,
     run_async,
     takes_export_file,
     until_interrupted,
     verb,
 )
-from pipeline.config.options import without_secrets
 from pipeline.errors import EXIT_FAILED, EXIT_OK, AlreadyFinished, LeftBehindError, PipelineError, cause_of
 
 if TYPE_CHECKING:
@@ -80,9 +79,7 @@ def command(
     attempt = Attempt(
         mode=Mode.RESUME if resume else Mode.DISCARD if discard else Mode.NEW,
         recheck=recheck,
-        command=shlex.join(
-            ["pipeline", "run", str(file), *(word for one in overrides for word in ("--set", without_secrets(one)))]
-        ),
+        command=next_command("run", file, overrides),
     )
     return run_async(partial(run_chain, console, config, chain, quiet, attempt, profile))
 

@@ -13,19 +13,17 @@ Source: QCOW2 image format, "Header", "Host cluster management", "Cluster mappin
 
 from __future__ import annotations
 
-import hashlib
-import json
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pipeline.errors import PlanError, StageError
+from pipeline.errors import StageError
 from pipeline.flow.buffers import Charge, Slice, charged_slice, loose_slice
 from pipeline.flow.items import Block, Piece, Run
 from pipeline.flow.orders import Order
 from pipeline.flow.stage import BLOCKS, Layout, LayoutRequest, StageContext, StageSpec, option, pieces
 from pipeline.units import KiB, MiB, Size, round_up
+from stages.encode.checkpoints import identify, pack_state, unpack_state
 from stages.encode.qcow2_geometry import CLUSTER_MAX, CLUSTER_MIN, Geometry, plan_geometry
 from stages.encode.qcow2_header import DEFLATE, ZSTD, pack_header
 
@@ -120,16 +118,15 @@ class Qcow2Encoder:
     def identity(self) -> str:
         """A digest of all that shapes the image besides the disk: options, geometry, window, what the codec makes."""
         if not self._identity:
-            shape = {
-                "encoder": f"qcow2 {_STATE_VERSION}",
-                "codec": self._codec.identity() if self._codec else "none",
-                "cluster_size": self._cluster,
-                "disk_size": self._disk_size,
-                "window": self._window,
-                "head_length": self._geometry.head_length,
-                "refcount_bits": self._geometry.refcount_bits,
-            }
-            self._identity = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
+            self._identity = identify(
+                encoder=f"qcow2 {_STATE_VERSION}",
+                codec=self._codec.identity() if self._codec else "none",
+                cluster_size=self._cluster,
+                disk_size=self._disk_size,
+                window=self._window,
+                head_length=self._geometry.head_length,
+                refcount_bits=self._geometry.refcount_bits,
+            )
         return self._identity
 
     def prepare(self, block: Block, charge: Charge | None) -> Clusters:
@@ -292,17 +289,13 @@ class Qcow2Encoder:
     def checkpoint(self) -> bytes:
         """All of the state: positions, L1 and the refcount table so far, what is open. Compressed."""
         first_table, guest_parts = self._tables.dump()
-        parts = [*guest_parts, *self._refcounts.dump(self._position)]
         note = {
-            "version": _STATE_VERSION,
-            "identity": self.identity,
             "position": self._position,
             "guest": self._guest,
             "carried": self._carried,
             "first_table": first_table,
-            "lengths": [len(part) for part in parts],
         }
-        return zlib.compress(b"\n".join((json.dumps(note).encode(), b"".join(parts))), 1)
+        return pack_state(self.identity, note, [*guest_parts, *self._refcounts.dump(self._position)])
 
     def restore(self, state: bytes) -> None:
         """Go back to a checkpoint.
@@ -311,23 +304,7 @@ class Qcow2Encoder:
             PlanError: it is damaged, or was made with other options, for another disk, or by a codec that gives
                 other bytes.
         """
-        try:
-            head, _, body = zlib.decompress(state).partition(b"\n")
-            note: dict[str, Any] = json.loads(head)
-            parts = []
-            for length in note["lengths"]:
-                parts.append(body[:length])
-                body = body[length:]
-            known = note["version"] == _STATE_VERSION and note["identity"] == self.identity
-        except (zlib.error, ValueError, KeyError, TypeError):
-            known = False
-        if not known:
-            raise PlanError(
-                "the checkpoint belongs to another export",
-                operation="restore",
-                hint="Resume with the same program version, options and disk on the same kind of machine, "
-                "or start the export again.",
-            )
+        note, parts = unpack_state(self.identity, state)
         self._position, self._guest, self._carried = note["position"], note["guest"], note["carried"]
         self._tables.load(note["first_table"], parts[:2])
         self._refcounts.load(parts[2:])

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
+import pytest
+
+from tests.chains import write_toml
 from tests.commands.conftest import Call
+from tests.disks.letters import write_disk
+from tests.end_to_end.command import call as call_installed
 
 
 def test_a_good_file_shows_its_chain(call: Call, export_file: Path) -> None:
@@ -65,3 +71,15 @@ def test_a_log_that_cannot_be_opened_is_a_fault(call: Call, export_file: Path, t
     said = call("check", export_file, "--log-file", tmp_path / "no" / "log")
     assert said.code == 2
     assert said.err.startswith(f"--log-file: {tmp_path}/no/log can't be opened: no such file or directory\n")
+
+
+@pytest.mark.parametrize("verb, following", [("check", "plan"), ("plan", "run")])
+def test_the_next_step_is_a_command_that_can_be_pasted(tmp_path: Path, verb: str, following: str) -> None:
+    """With the same overrides, and whatever the file is called."""
+    disk = write_disk(tmp_path / "disk", "A", 4096)
+    target = f"write.file.path={tmp_path}/other name.raw"
+    toml = write_toml(tmp_path / "it's.toml", f'read.disk; path = "{disk}"', "encode.raw", 'write.file; path = "/x/y"')
+    done = call_installed(verb, toml, "--set", target)
+    assert done.code == 0, done.err
+    told = done.out.splitlines()[-1].partition("The next step: ")[2]
+    assert shlex.split(told) == ["pipeline", following, str(toml), "--set", target]

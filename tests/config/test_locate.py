@@ -169,7 +169,7 @@ def _paths(value: Any, path: Path = ()) -> Iterator[Path]:
             yield from _paths(inner, (*path, index))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(_documents())
 def test_every_key_that_tomllib_finds_is_located_where_it_is_written(text: str) -> None:
     try:
@@ -191,7 +191,7 @@ def test_every_key_that_tomllib_finds_is_located_where_it_is_written(text: str) 
     assert set(places.keys) | set(places.values) | set(places.headers) == set(_paths(document))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.dictionaries(st.sampled_from("abcd"), _values(), min_size=1))
 def test_every_value_is_located_with_its_whole_first_line(pairs: dict[str, str]) -> None:
     text = "".join(f"{name} = {value} # end\n" for name, value in pairs.items())

@@ -1,14 +1,15 @@
 """A store that keeps nothing but checksums: for uploads that are too large to be kept.
 
 It speaks just the requests of one multipart upload, with threads and blocking sockets, and takes bytes as fast as one
-core can: `python -m tests.stores.sink PORT_FILE [--fail-longest]`. What it was sent it knows by length and CRC64NVME,
-and tells when the object is looked at, so that a receipt proves that every byte arrived.
+core can: `python -m tests.stores.sink PORT_FILE [--fail-from BYTES]`. What it was sent it knows by length and
+CRC64NVME, and tells when the object is looked at, so that a receipt proves that every byte arrived.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import socket
 import socketserver
 import sys
 import threading
@@ -30,7 +31,7 @@ class Kept:
     attempts: dict[int, int] = field(default_factory=dict)
     size: int = -1
     crc: int = 0
-    fail_longest: bool = False
+    fail_from: int = 0  # the first part of at least this length is refused once
     failed: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -60,11 +61,12 @@ class Handler(BaseHTTPRequestHandler):
         buffer = memoryview(bytearray(_CHUNK))
         crc = 0
         while left:
-            got = self.connection.recv_into(buffer, min(left, _CHUNK))
-            if not got:
+            # Whole chunks: a call for each little that has arrived costs more than all else here.
+            wanted = min(left, _CHUNK)
+            if self.connection.recv_into(buffer, wanted, socket.MSG_WAITALL) < wanted:
                 raise ConnectionError("the client went away")
-            crc = checksums.crc64nvme(bytes(buffer[:got]) if got < _CHUNK else buffer, crc)
-            left -= got
+            crc = checksums.crc64nvme(buffer[:wanted], crc)
+            left -= wanted
         return length, crc
 
     def do_HEAD(self) -> None:
@@ -114,10 +116,9 @@ class Handler(BaseHTTPRequestHandler):
         kept = self.kept
         with kept.lock:
             kept.attempts[number] = kept.attempts.get(number, 0) + 1
-            longest = max((known for known, _ in kept.parts.values()), default=0)
-            # The first part of each new length fails once, after all of its bytes: the longest is among them. Not with
-            # 503: that would slow the whole run down, and this is about memory.
-            if kept.fail_longest and length > longest and kept.attempts[number] == 1 and len(kept.parts) > 2:
+            # Once, after all of its bytes. Not with 503: that would slow the whole run down, and this is about memory.
+            if kept.fail_from and length >= kept.fail_from and not kept.failed:
+                kept.failed = True
                 self._answer(500, b"<Error><Code>InternalError</Code><Message>again</Message></Error>")
                 return
             kept.parts[number] = (length, crc)
@@ -142,9 +143,9 @@ def main(arguments: list[str]) -> int:
     """Serve until killed; the port is written into a file when it listens."""
     parser = argparse.ArgumentParser(prog="python -m tests.stores.sink")
     parser.add_argument("port_file", type=Path)
-    parser.add_argument("--fail-longest", action="store_true", help="refuse the first part of each new length once")
+    parser.add_argument("--fail-from", type=int, default=0, help="refuse the first part of at least so many bytes once")
     given = parser.parse_args(arguments)
-    Handler.kept = Kept(fail_longest=given.fail_longest)
+    Handler.kept = Kept(fail_from=given.fail_from)
     with _Server(("127.0.0.1", 0), Handler) as server:
         waiting = given.port_file.with_suffix(".writing")
         waiting.write_text(str(server.server_address[1]))
