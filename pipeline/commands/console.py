@@ -18,6 +18,7 @@ import click
 
 from pipeline import __version__
 from pipeline.commands.candidates import export_files
+from pipeline.config.options import without_secrets
 from pipeline.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -333,8 +334,9 @@ class JsonEvents:
 
 
 def next_command(verb: str, file: Path, overrides: Sequence[str]) -> str:
-    """The shell command that does the next thing with the same export file and the same `--set`."""
-    return shlex.join(["pipeline", verb, str(file), *(word for one in overrides for word in ("--set", one))])
+    """The shell command that does the next thing with the same export file and the same `--set`, without secrets."""
+    told = (word for one in overrides for word in ("--set", without_secrets(one)))
+    return shlex.join(["pipeline", verb, str(file), *told])
 
 
 def _print(line: str, stream: IO[str]) -> None:
