@@ -12,6 +12,7 @@ from pathlib import Path
 import anyio
 import pytest
 
+from pipeline.config.continuing import Attempt, Mode
 from pipeline.errors import LeftBehindError, PlanError, SourceError, StageError, StoreError, VerificationError
 from pipeline.events import Event, FallbackTaken, ImageSealed, PartStored, ProgressSampled, UploadOpened
 from pipeline.flow.items import Piece
@@ -360,3 +361,38 @@ async def test_file_that_lacks_guest_bytes_is_not_finished(tmp_path: Path) -> No
     with pytest.raises(StageError, match="guest bytes were written; nothing was committed"):
         await export(chain(tmp_path, tmp_path / "image"), catalog=specs)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "export.toml"]
+
+
+@pytest.mark.parametrize("fails", ["source", "verification"])
+async def test_journal_stays_where_what_it_knows_of_could_not_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    """Or the next run would not know that there is something to remove."""
+    disk = write_disk(tmp_path / "disk", "ABCD" * 8, MiB)
+    remove = Path.unlink
+
+    def refusing(path: Path, missing_ok: bool = False) -> None:
+        if path.name.endswith(".partial"):
+            raise PermissionError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        remove(path, missing_ok)
+
+    class Spoiling(list):  # type: ignore[type-arg]
+        def append(self, event: Event) -> None:
+            if isinstance(event, UploadOpened):
+                monkeypatch.setattr(Path, "unlink", refusing)
+                if fails == "source":
+                    os.truncate(disk, 20 * MiB)
+            elif isinstance(event, ImageSealed):
+                (partial,) = tmp_path.glob(".image*.partial")
+                with open(partial, "r+b") as file:
+                    file.write(b"other")
+
+    journal = tmp_path / "journal"
+    with pytest.raises(LeftBehindError):
+        await export(
+            chain(tmp_path, tmp_path / "image", "verify.readback"),
+            events=Spoiling(),
+            overrides=[f"export.journal={journal}", "export.on_failure=abort"],
+            attempt=Attempt(mode=Mode.NEW),
+        )
+    assert journal.exists()
