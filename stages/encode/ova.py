@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pipeline.errors import PlanError, StageError
+from pipeline.errors import StageError
 from pipeline.flow.buffers import Charge, Slice
 from pipeline.flow.items import Block, Piece
 from pipeline.flow.orders import Order
@@ -80,12 +80,6 @@ class OvaEncoder:
         self._head: list[Piece] = []  # the beginning of the disk, where it belongs to the head
         self._end = FRONT
         self._digest = hashlib.sha256()
-        if len(self._render(1 << 63, 1 << 63)) > DESCRIPTION_LENGTH:
-            raise PlanError(
-                "the name of the export is too long for the description of a machine",
-                operation="plan",
-                hint="Choose a shorter name in [export].",
-            )
 
     @property
     def position(self) -> int:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import shlex
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import anyio
 
 from pipeline.errors import PlanError, StageError, StoreError
 from pipeline.flow.items import RangeReader
@@ -66,6 +68,7 @@ class NbdTarget:
         # What was acknowledged since the last flush: offset, length, and a checksum; None: zeros.
         self._unsure: deque[tuple[int, int, int | None]] = deque()
         self._unsure_bytes = 0
+        self._comparing = anyio.Lock()
 
     @property
     def uri(self) -> str:
@@ -118,14 +121,27 @@ class NbdTarget:
         import xxhash
 
         client = self._client
-        await client.write(parts)
+        await self._surely(lambda: client.write(parts))
         for offset, view in parts:
             await self._note(offset, view.nbytes, xxhash.xxh3_64_intdigest(view))
 
     async def zero(self, offset: int, length: int) -> None:
         """By its length, where the server knows how. Raises StoreError."""
-        await self._client.zero(offset, length)
+        client = self._client
+        await self._surely(lambda: client.zero(offset, length))
         await self._note(offset, length, None)
+
+    async def _surely(self, send: Callable[[], Awaitable[None]]) -> None:
+        """Send again what was under way when a connection was lost.
+
+        A part of it may have been acknowledged before the loss while the rest waited for the server to come back. It is
+        noted only when all of it is through, so the comparison after that loss would not have known it.
+        """
+        while True:
+            losses = self._client.losses
+            await send()
+            if self._client.losses == losses:
+                return
 
     async def _note(self, offset: int, length: int, checksum: int | None) -> None:
         self._unsure.append((offset, length, checksum))
@@ -149,12 +165,17 @@ class NbdTarget:
         Raises:
             StoreError: the server forgot some of it.
         """
+        client = self._client
+        # One at a time: who flushes or notes a mark meanwhile waits for what is found.
+        async with self._comparing:
+            if client.losses == self._losses:
+                return
+            self._losses = client.losses
+            await self._compare(client)
+
+    async def _compare(self, client: NbdClient) -> None:
         import xxhash
 
-        client = self._client
-        if client.losses == self._losses:
-            return
-        self._losses = client.losses
         for offset, length, checksum in list(self._unsure):
             if checksum is None:
                 await client.zero(offset, length)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from pipeline.events import Event, ProgressSampled, RetryScheduled, RunResumed
 from pipeline.flow import resume
 from pipeline.flow.engine import Outcome
 from pipeline.units import MiB
+from stages.store import nbd as store_nbd
 from stages.write import nbd as writer
 from stages.write import ranges
 from tests.chains import export, write_toml
@@ -198,6 +199,24 @@ async def test_a_server_that_forgot_what_it_had_acknowledged_is_found_out(
             await case.to(server.url())
 
 
+async def test_what_was_under_way_in_a_restart_is_sent_again(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of it was acknowledged by the server that is gone, and noted by nobody yet."""
+    with NbdServer("nbdkit", "memory", "64M") as server:
+        plain = store_nbd.NbdClient.write
+        calls = 0
+
+        async def write(self: store_nbd.NbdClient, parts: Sequence[tuple[int, memoryview]]) -> None:
+            nonlocal calls
+            calls += 1
+            await plain(self, parts)
+            if calls == 1:
+                await anyio.to_thread.run_sync(server.restart)
+                await self.flush()  # meets the loss, as another request under way would
+
+        monkeypatch.setattr(store_nbd.NbdClient, "write", write)
+        assert (await case.to(server.url())).state == "identical"
+
+
 def _restart_during_the_third_write(server: NbdServer, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = writer.NbdTarget.write
     calls = 0
@@ -206,6 +225,8 @@ def _restart_during_the_third_write(server: NbdServer, monkeypatch: pytest.Monke
         nonlocal calls
         calls += 1
         if calls == 3:
+            while not self._unsure:  # what is still under way is sent again: something has to be acknowledged
+                await anyio.lowlevel.checkpoint()
             await anyio.to_thread.run_sync(server.restart)
         await plain(self, parts)
 
