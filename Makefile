@@ -34,7 +34,7 @@ tools: env
 .PHONY: tools
 
 test: tools
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: tools
 	$(BIN)/pytest -m slow --timeout 1800

@@ -10,6 +10,22 @@ import pytest
 
 pytest_plugins = ["tests.stores.fixtures"]
 
+# Begun first, so that no worker is alone with one of them at the end. Files keep their worker (`--dist loadfile`).
+LONGEST_FILES = (
+    "test_memory.py",
+    "test_faults.py",
+    "test_prove.py",
+    "test_export.py",
+    "test_resume.py",
+    "test_kills.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; the rest stays as it was."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+
 
 @pytest.fixture(autouse=True)
 def signals_as_before() -> Iterator[None]:
