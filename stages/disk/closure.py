@@ -12,15 +12,18 @@ import os
 import re
 import stat
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.errors import PlanError
+from pipeline.errors import FormatError, PlanError
 from pipeline.flow.items import RangeReader
+from stages.disk.fstab import Mountable, parse_fstab
 from stages.disk.occupancy import devices_below, devices_over, mounts_here
 from stages.disk.signatures import Signature, identify
 from stages.disk.tables import Partition, PartitionTable
 from stages.disk.tree import View
+from stages.disk.view import open_system
+from stages.disk.volumes import open_volumes
 
 # Needed whether fstab names them or not.
 ROOTS = ("/", "/boot", "/boot/efi", "/efi", "/home", "/usr", "/var")
@@ -110,6 +113,23 @@ def live_closure(
     return _closed(table, signatures, needs)
 
 
+async def offline_closure(
+    reader: RangeReader, table: PartitionTable, signatures: Mapping[int, Signature]
+) -> Closure | None:
+    """What the system on a disk that it does not run from needs; None where there is no system.
+
+    Raises:
+        SourceError, StoreError: the disk can't be read.
+    """
+    try:
+        view = await open_system(await open_volumes(reader))
+        volume = view.mounts[0].volume
+        root = {volume.number} if volume.number is not None else _holding(signatures, "lvm2")
+        return await view_closure(view, root, table, signatures)
+    except FormatError:
+        return None
+
+
 async def view_closure(
     view: View, root: Collection[int], table: PartitionTable, signatures: Mapping[int, Signature]
 ) -> Closure:
@@ -180,32 +200,15 @@ def check_cut(closure: Closure | None, kept: Collection[int]) -> None:
 # -- fstab -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    spec: str
-    path: str
-
-
-_LINES_MAX = 10_000
-
-
-def _mounted_by(text: str) -> list[_Entry]:
-    """What a start waits for."""
+def _mounted_by(text: str) -> list[Mountable]:
+    """What a start waits for, with bare specs and paths."""
     found = []
-    for line in text.splitlines()[:_LINES_MAX]:
-        words = line.split()
-        if len(words) < 3 or words[0].startswith("#"):
-            continue
-        spec, path, kind = (_unescaped(word) for word in words[:3])
-        options = words[3].split(",") if len(words) > 3 else []
-        is_optional = any(option in ("nofail", "noauto", "bind", "rbind", "_netdev") for option in options)
-        if path.startswith("/") and not is_optional and not _NO_DISK.fullmatch(kind) and kind != "swap":
-            found.append(_Entry(spec.strip('"'), path.rstrip("/") or "/"))
+    for entry in parse_fstab(text):
+        is_optional = any(entry.option(name) is not None for name in ("nofail", "noauto", "bind", "rbind", "_netdev"))
+        is_of_disk = entry.kind != "swap" and not _NO_DISK.fullmatch(entry.kind)
+        if entry.path.startswith("/") and is_of_disk and not is_optional:
+            found.append(replace(entry, spec=entry.spec.strip('"'), path=entry.path.rstrip("/") or "/"))
     return found
-
-
-def _unescaped(text: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8) & 0xFF), text)
 
 
 def _devices_of_spec(spec: str) -> list[str]:

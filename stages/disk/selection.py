@@ -17,7 +17,7 @@ from pipeline.errors import PlanError
 from pipeline.flow.items import Content, RangeReader, Run, Why
 from pipeline.flow.stage import Rounding
 from pipeline.units import MiB, format_exact, format_size
-from stages.disk.closure import Closure, check_cut, live_closure, needed_partitions, signatures_of
+from stages.disk.closure import Closure, check_cut, live_closure, needed_partitions, offline_closure, signatures_of
 from stages.disk.cuts import Cut, Overlay, cut_disk
 from stages.disk.mapping import DiskMap, Region, map_disk
 from stages.disk.occupancy import Use
@@ -119,10 +119,12 @@ async def select(
 
 
 async def _closure(reader: RangeReader, table: PartitionTable, path: Path | None) -> Closure | None:
-    """What the system on the disk needs; None where there is none, or nothing is known of it."""
-    if path is None or not table.partitions:
+    """What the system on the disk needs, running or not; None where there is none, or nothing is known of it."""
+    if not table.partitions:
         return None
-    return live_closure(path, table, await signatures_of(reader, table))
+    signatures = await signatures_of(reader, table)
+    live = live_closure(path, table, signatures) if path is not None else None
+    return live or await offline_closure(reader, table, signatures)
 
 
 def _refuse_large_sectors(table: PartitionTable) -> None:

@@ -57,7 +57,7 @@ class Options:
     path: Path = option(doc="Block device or raw image file.", example="/dev/sda", may_change=True)
     partitions: Literal["all", "needed"] | tuple[int, ...] = option(
         "all",
-        doc="Partitions to keep, as [1, 2]; needed keeps those that the running system needs to start: root, "
+        doc="Partitions to keep, as [1, 2]; needed keeps those that the system on it needs to start: root, "
         "/boot, the EFI partition, /home, what fstab mounts. The partition table of the image fits them.",
     )
     through: int | None = option(None, doc="Keep everything up to the end of this partition.")

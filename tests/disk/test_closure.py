@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import PlanError
 from pipeline.units import MiB
-from stages.disk.closure import Closure, check_cut, live_closure, needed_partitions, view_closure
+from stages.disk.closure import (
+    Closure,
+    check_cut,
+    live_closure,
+    needed_partitions,
+    offline_closure,
+    signatures_of,
+    view_closure,
+)
 from stages.disk.signatures import Signature
-from stages.disk.tables import BootRecord, Partition, PartitionTable
+from stages.disk.tables import BootRecord, Partition, PartitionTable, read_table
 from stages.disk.tree import READ_LIMIT, View
+from stages.store.file import open_file_reader
+from tests.chains import write_toml
 from tests.disk.making import blank
+from tests.disk.test_view import SYSTEM, disk_of, filesystem
 from tests.disks.mounts import loop_device, needs_root
+from tests.end_to_end.command import call
 
 BIOS_BOOT = "21686148-6449-6e6f-744e-656564454649"
 
@@ -191,3 +205,54 @@ def test_a_disk_beside_the_running_system_has_no_needs(tmp_path: Path) -> None:
     with loop_device(blank(tmp_path / "disk", 64 * MiB)) as device:
         mounts = "1 0 8:16 / / rw - ext4 /dev/sdb rw\n"
         assert live_closure(device, LIVE, {}, root=running(tmp_path / "root", device, mounts)) is None
+
+
+def dump_table(path: Path) -> list[dict[str, int]]:
+    """The partitions as sfdisk sees them, in sectors."""
+    done = subprocess.run(["sfdisk", "--json", path], stdout=subprocess.PIPE, check=True)
+    return list(json.loads(done.stdout)["partitiontable"]["partitions"])
+
+
+HOME_UUID = "31111111-2222-4333-8444-555555555555"
+
+
+def system_disk(folder: Path) -> Path:
+    """Three partitions: a root whose fstab wants /home, that, and one that nobody mounts."""
+    fstab = f"/dev/sda1 / ext4 defaults 0 1\nUUID={HOME_UUID} /home ext4 defaults 0 2\n"
+    root = filesystem(folder / "root", 16 * MiB, {**SYSTEM, "etc/fstab": fstab})
+    home = filesystem(folder / "home", 8 * MiB, {"somebody/letter": "Dear"}, "-U", HOME_UUID)
+    other = filesystem(folder / "other", 8 * MiB, {"a": "b"})
+    return disk_of(folder / "disk.raw", root, home, other)
+
+
+async def test_a_system_that_does_not_run_is_asked_by_its_own_fstab(tmp_path: Path) -> None:
+    async with open_file_reader(system_disk(tmp_path)) as reader:
+        layout = await read_table(reader, reader.size)
+        found = await offline_closure(reader, layout, await signatures_of(reader, layout))
+        assert found is not None
+        assert found.root == (1,)
+        assert needed_partitions(found) == (1, 2)
+
+
+async def test_a_disk_without_a_system_has_no_closure(tmp_path: Path) -> None:
+    disk = disk_of(tmp_path / "disk.raw", filesystem(tmp_path / "data", 8 * MiB, {"a": "b"}))
+    async with open_file_reader(disk) as reader:
+        layout = await read_table(reader, reader.size)
+        assert await offline_closure(reader, layout, await signatures_of(reader, layout)) is None
+
+
+def test_only_what_a_system_needs_is_exported_and_less_is_refused(tmp_path: Path) -> None:
+    toml = write_toml(
+        tmp_path / "export.toml",
+        f'read.disk; path = "{system_disk(tmp_path)}"; partitions = "needed"',
+        "checksum.guest",
+        "encode.raw",
+        f'write.file; path = "{tmp_path / "image.raw"}"',
+        "verify.readback",
+    )
+    said = call("run", toml, "--json")
+    assert said.code == 0, said.err
+    assert [one["size"] for one in dump_table(tmp_path / "image.raw")] == [16 * 2048, 8 * 2048]
+    refused = call("plan", toml, "--set", "read.disk.partitions=[1]")
+    assert refused.code == 2
+    assert refused.has("the cut drops /home (partition 2)", "partitions = [1, 2]")
