@@ -36,7 +36,7 @@ from tests.write.images import QuickClock
 
 __all__ = ["target"]  # a fixture
 
-IN_PARTS = ["write.s3 on SeaweedFS"]
+IN_PARTS = ["write.s3 on SeaweedFS", "write.azure_block on Azurite", "write.gcs on SeaweedFS"]
 IN_RANGES = ["write.file", "write.sftp on OpenSSH"]
 # A second server of the same kind of store is for the slow tests.
 SECOND = ["write.s3 on Swift"]

@@ -99,9 +99,9 @@ class AzureServer:
         assert status == 200, body
         return body
 
-    def names(self, container: str) -> list[str]:
-        """Everything in a container, also what has blocks alone."""
-        query = "restype=container&comp=list&include=uncommittedblobs"
+    def names(self, container: str, *, uncommitted: bool = True) -> list[str]:
+        """Everything in a container; `uncommitted`: also what has blocks alone."""
+        query = "restype=container&comp=list" + ("&include=uncommittedblobs" if uncommitted else "")
         text = self.request("GET", f"{container}?{query}")[1].decode()
         return [part.partition("</Name>")[0] for part in text.split("<Name>")[1:]]
 
