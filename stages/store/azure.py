@@ -405,7 +405,7 @@ def block_list_digest(blocks: Sequence[tuple[str, int]]) -> str:
 
 
 @asynccontextmanager
-async def open_reader(url: str, *, endpoint: str = "") -> AsyncIterator[BlobReader]:
+async def open_reader(url: str, *, endpoint: str = "", ca_file: Path | None = None) -> AsyncIterator[BlobReader]:
     """Open `az://container/name` for random reads, with the credentials of the environment.
 
     Raises:
@@ -413,7 +413,8 @@ async def open_reader(url: str, *, endpoint: str = "") -> AsyncIterator[BlobRead
     """
     where = AzureUrl.parse(url)
     retry = Retry(RetryPolicy(), clock=RealClock(), emit=lambda event: None, stage="read")
-    client = AzureClient.connect(where.container, find_access(endpoint=endpoint), on_alive=retry.alive)
+    access = find_access(endpoint=endpoint)
+    client = AzureClient.connect(where.container, access, ca_file=ca_file, on_alive=retry.alive)
     try:
         yield await read_state(client, where.name, retry)
     finally:

@@ -290,7 +290,7 @@ async def read_state(client: GcsClient, name: str, retry: Retry) -> GcsReader:
 
 
 @asynccontextmanager
-async def open_reader(url: str, *, endpoint: str = "") -> AsyncIterator[RangeReader]:
+async def open_reader(url: str, *, endpoint: str = "", ca_file: Path | None = None) -> AsyncIterator[RangeReader]:
     """Open `gs://bucket/name` for random reads, with the credentials of the environment.
 
     Raises:
@@ -299,12 +299,17 @@ async def open_reader(url: str, *, endpoint: str = "") -> AsyncIterator[RangeRea
     where, access = S3Url.parse(url, "gs"), find_access(endpoint=endpoint)
     if access.hmac is not None:
         async with open_s3_reader(
-            url, endpoint=access.endpoint, addressing="path", signer=signer_of(access), dialect=dialect_of(access)
+            url,
+            endpoint=access.endpoint,
+            ca_file=ca_file,
+            addressing="path",
+            signer=signer_of(access, ca_file),
+            dialect=dialect_of(access),
         ) as reader:
             yield reader
         return
     retry = Retry(RetryPolicy(), clock=RealClock(), emit=lambda event: None, stage="read")
-    client = GcsClient(where.bucket, access, on_alive=retry.alive)
+    client = GcsClient(where.bucket, access, ca_file=ca_file, on_alive=retry.alive)
     try:
         yield await read_state(client, where.key, retry)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from anyio import move_on_after
@@ -279,11 +280,11 @@ class AzureBlockWriter:
         return self._planned
 
 
-def open_reader(url: str, *, endpoint: str = "") -> object:
+def open_reader(url: str, *, endpoint: str = "", ca_file: Path | None = None) -> object:
     """Open `az://container/name` for random reads, with the credentials of the environment."""
     from stages.store import azure
 
-    return azure.open_reader(url, endpoint=endpoint)
+    return azure.open_reader(url, endpoint=endpoint, ca_file=ca_file)
 
 
 SPEC = StageSpec(

@@ -283,11 +283,11 @@ def build(options: Options, context: StageContext) -> GcsPartsWriter | GcsSessio
     return GcsPartsWriter(options, context) if options.upload == "multipart" else GcsSessionWriter(options, context)
 
 
-def open_reader(url: str, *, endpoint: str = "") -> object:
+def open_reader(url: str, *, endpoint: str = "", ca_file: Path | None = None) -> object:
     """Open `gs://bucket/name` for random reads, with the credentials of the environment."""
     from stages.store import gcs
 
-    return gcs.open_reader(url, endpoint=endpoint)
+    return gcs.open_reader(url, endpoint=endpoint, ca_file=ca_file)
 
 
 SPEC = StageSpec(

@@ -158,3 +158,9 @@ def test_no_url_scheme_has_two_stages() -> None:
 def test_some_writer_takes_what_the_encoder_gives(spec: StageSpec) -> None:
     given = set(spec.gives.orders)
     assert [one.name for one in WRITERS if given & set(one.takes.orders or (one.sink.accepts if one.sink else ()))]
+
+
+@pytest.mark.parametrize("spec", [spec for spec in CATALOG if spec.open_reader is not None], ids=lambda spec: spec.name)
+def test_what_opens_a_stored_object_takes_an_endpoint_and_an_authority(spec: StageSpec) -> None:
+    assert spec.open_reader is not None
+    assert {"endpoint", "ca_file"} <= set(inspect.signature(spec.open_reader).parameters)
