@@ -226,7 +226,8 @@ def _contender_row(report: Report, contender: str, disk: str) -> str:
         _cell(spread([run.image_bytes / MIB for run in runs if run.image_bytes is not None]), 0),
         f"{proofs[-1]}, {len(proofs)} of {len(runs)}" if proofs else "no",
     ]
-    return f"| {contender} | {disk} | {len(runs)} | {' | '.join(cells)} |"
+    name = contender.replace("|", "\\|")  # a pipe of commands would end the cell
+    return f"| {name} | {disk} | {len(runs)} | {' | '.join(cells)} |"
 
 
 def _cell(value: Spread | None, digits: int = 2) -> str:

@@ -101,3 +101,9 @@ def test_report_is_written_for_people_and_for_machines(tmp_path: Path) -> None:
 def test_places_of_this_machine_are_left_out_of_a_report() -> None:
     names = {"/home/me": "PROJECT", "/home/me/.cache": "CACHE"}
     assert relative_names("dd if=/home/me/.cache/a of=/home/me/b", names) == "dd if=CACHE/a of=PROJECT/b"
+
+
+def test_a_contender_that_is_a_pipe_keeps_its_row_whole(tmp_path: Path) -> None:
+    piped = replace(CASE, rival=Contender("dd | lz4", lambda _: Attempt(steps=())))
+    _, page = write_report(report(run("ours", 1, 1), run("dd | lz4", 1, 2), case=piped), tmp_path / "x")
+    assert "| dd \\| lz4 | disk | 1 |" in page.read_text()
