@@ -277,15 +277,21 @@ async def until_interrupted(
 
     async def watch(*, task_status: anyio.abc.TaskStatus[None]) -> None:
         nonlocal received
-        with anyio.open_signal_receiver(*wanted) as signals:
-            task_status.started()
-            async for one in signals:
-                if received:
-                    console.note(f"{one.name}: clean-up is under way, please wait")
-                    continue
-                received = one.name
-                console.note(f"{one.name}: stopping and cleaning up")
-                scope.cancel()
+        try:
+            with anyio.open_signal_receiver(*wanted) as signals:
+                task_status.started()
+                async for one in signals:
+                    if received:
+                        console.note(f"{one.name}: clean-up is under way, please wait")
+                        continue
+                    received = one.name
+                    console.note(f"{one.name}: stopping and cleaning up")
+                    scope.cancel()
+        finally:
+            # At once, because the receiver leaves them to their default, which ends the process; and until the process
+            # ends: what was asked for is done, and its exit code must say so.
+            for one in wanted if results else ():
+                signal.signal(one, signal.SIG_IGN)
 
     async with anyio.create_task_group() as tasks:
         await tasks.start(watch)
@@ -301,8 +307,6 @@ async def until_interrupted(
             raise failure
         console.note(f"error: {told}")
     elif results:
-        for one in wanted:  # until the process ends: what was asked for is done, and its exit code must say so
-            signal.signal(one, signal.SIG_IGN)
         return results[0]
     raise Interrupted(f"interrupted: {cleaned() if callable(cleaned) else cleaned}")
 

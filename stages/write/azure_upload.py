@@ -18,6 +18,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from typing import Any, Literal
 
+import anyio
+
 from pipeline.errors import StoreError
 from pipeline.events import Event, FallbackTaken
 from pipeline.flow.grace import with_grace
@@ -32,6 +34,9 @@ Checksum = Literal["md5", "crc64"]
 
 _TOKEN_BYTES = 8
 _NO_MD5 = bytes(16)
+# How often, and how far apart, blocks are looked for that were on their way when an upload was aborted.
+_LOOKS = 4
+_LOOK_EVERY_S = 0.25
 
 
 class AzureUpload:
@@ -221,17 +226,19 @@ async def discard_blocks(client: AzureClient, name: str) -> bool:
     """Remove the blocks under a name that no list names. Returns False where a blob has the name, which keeps them.
 
     There is no request for it: a list that names none of them makes an empty blob and discards them (Put Block List),
-    and the blob is removed again.
+    and the blob is removed again. A block that was on its way meanwhile comes after that: it is looked for again.
     """
-    if not await client.blocks(name, committed=False):
-        return True
-    try:
-        reply = await client.commit(name, (), {"If-None-Match": "*"})
-    except AzureError as error:
-        if error.status in (409, 412):
-            return False
-        raise
-    await client.delete(name, reply.header("etag"))
+    for _ in range(_LOOKS):
+        if not await client.blocks(name, committed=False):
+            break
+        try:
+            reply = await client.commit(name, (), {"If-None-Match": "*"})
+        except AzureError as error:
+            if error.status in (409, 412):
+                return False
+            raise
+        await client.delete(name, reply.header("etag"))
+        await anyio.sleep(_LOOK_EVERY_S)
     return True
 
 

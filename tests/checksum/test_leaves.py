@@ -87,7 +87,7 @@ def test_leaves_come_back_by_index_and_from_json(disk: str, tail: int) -> None:
 
 def test_two_tebibytes_of_holes_cost_nothing() -> None:
     tracemalloc.start()
-    begun = time.monotonic()
+    begun = time.process_time()
     made = LeafDigests("xxh3-128", 2 * TiB)
     made.add_zeros(MiB)
     made.add(b"x" * 16)
@@ -96,7 +96,7 @@ def test_two_tebibytes_of_holes_cost_nothing() -> None:
     assert len(json.dumps(digest.to_json())) < 400
     assert digest.leaves.leaf(MiB) == b"x" * 16
     assert GuestDigest.from_json(digest.to_json()) == digest
-    assert time.monotonic() - begun < 1
+    assert time.process_time() - begun < 1
     assert tracemalloc.get_traced_memory()[1] < 8 * MiB
     tracemalloc.stop()
 

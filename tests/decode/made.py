@@ -92,11 +92,11 @@ async def refused(
     """The error that reading all of the image raises, in time, within memory and without a read outside of it."""
     reader = BytesReader(image)
     tracemalloc.start()
-    begun = time.monotonic()
+    begun = time.process_time()
     try:
         with pytest.raises(FormatError) as caught:
             await read_all(reader, format, strict=strict, extents=extents)
-        assert time.monotonic() - begun < TIME_MAX_S
+        assert time.process_time() - begun < TIME_MAX_S
         assert tracemalloc.get_traced_memory()[1] < MEMORY_MAX
     finally:
         tracemalloc.stop()

