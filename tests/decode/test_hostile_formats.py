@@ -122,9 +122,9 @@ async def test_a_small_vmdk_of_petabytes_with_one_table_is_refused_in_time() -> 
     struct.pack_into("<512I", image, table * 512, *([table + 4] * 512))
     error = await refused(image, "vmdk")
     assert "overlap" in str(error) or "more grain tables" in str(error)
-    begun = time.monotonic()
+    begun = time.process_time()
     assert (await check(BytesReader(image), "vmdk")).verdict == "corrupt"
-    assert time.monotonic() - begun < 2
+    assert time.process_time() - begun < 2
 
 
 async def test_a_small_vhd_whose_entries_lead_to_one_block_is_refused_in_time(tmp_path: Path) -> None:
@@ -167,9 +167,9 @@ async def test_a_gzip_bomb_is_unpacked_only_as_far_as_it_is_read() -> None:
     made = packer.compress(info.tobuf(format=tarfile.GNU_FORMAT)) + packer.flush(zlib.Z_FULL_FLUSH)
     image = made + (packer.compress(bytes(MiB)) + packer.flush(zlib.Z_FULL_FLUSH)) * 1024
     assert len(image) < 1.2 * MiB
-    begun = time.monotonic()
+    begun = time.process_time()
     opened = await open_image(BytesReader(image), "gce")
-    assert time.monotonic() - begun < 0.2
+    assert time.process_time() - begun < 0.2
     assert await opened.read(0, MiB) == bytes(MiB)
     info.size = 8 * TiB
     lying = gzip.compress(info.tobuf(format=tarfile.GNU_FORMAT) + bytes(MiB), mtime=0)

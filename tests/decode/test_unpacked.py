@@ -170,12 +170,12 @@ def test_whatever_is_changed_it_unpacks_or_is_refused(tool: str, changes: list[t
         assert len(await stream.read(0, stream.size)) == stream.size
         assert all(offset + length <= len(packed) for offset, length in reader.reads)
 
-    begun = time.monotonic()
+    begun = time.process_time()
     try:
         anyio.run(read)
     except FormatError:
         pass
-    assert time.monotonic() - begun < TIME_MAX_S
+    assert time.process_time() - begun < TIME_MAX_S
 
 
 async def test_bomb_ends_in_time_and_memory(tmp_path: Path) -> None:

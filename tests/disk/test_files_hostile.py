@@ -193,7 +193,7 @@ async def _change(name: str, disk: Memory, data: st.DataObject) -> None:
         value = data.draw(st.one_of(st.sampled_from(VALUES), st.integers(0, (1 << 64) - 1))) & ((1 << 8 * width) - 1)
         disk.write(offset, value.to_bytes(width, data.draw(st.sampled_from(["little", "big"]))))
         _sound_again(name, disk, offset)
-    begun = time.monotonic()
+    begun = time.process_time()
     try:
         tree = await open_tree(Window(CachedReader(disk), 0, disk.size))
     except FormatError:
@@ -205,7 +205,7 @@ async def _change(name: str, disk: Memory, data: st.DataObject) -> None:
             await tree.subvolumes()
     except FormatError:
         pass
-    assert time.monotonic() - begun < 20
+    assert time.process_time() - begun < 20
     assert disk.bytes_read < 1500 * MiB
 
 

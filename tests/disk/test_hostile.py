@@ -155,9 +155,9 @@ async def test_any_change_of_metadata_gives_a_map_or_a_reason(
         value = data.draw(st.one_of(st.sampled_from(VALUES), st.integers(0, (1 << 64) - 1))) & ((1 << 8 * width) - 1)
         disk.write(offset, value.to_bytes(width, data.draw(st.sampled_from(["little", "big"]))))
         _sound_again(name, disk, offset)
-    begun = time.monotonic()
+    begun = time.process_time()
     made = await map_filesystem(disk, 0, disk.size)
-    assert time.monotonic() - begun < 5
+    assert time.process_time() - begun < 5
     assert disk.bytes_read < 400 * MiB
     if isinstance(made, UsedMap):
         stops = made.starts + made.lengths
@@ -261,8 +261,8 @@ async def test_thousands_of_partitions_over_each_other_are_not_looked_into() -> 
     struct.pack_into("<B3xB3xII", mbr, 446, 0, 0xEE, 1, size // 512 - 1)
     mbr[510:] = b"\x55\xaa"
     disk = Memory(size, {0: bytes(mbr), 512: bytes(head), 1024: bytes(entries)})
-    begun = time.monotonic()
+    begun = time.process_time()
     made = await map_disk(disk, size)
-    assert time.monotonic() - begun < 5
+    assert time.process_time() - begun < 5
     assert disk.bytes_read < 20 * MiB
     assert made.used_bytes == size
