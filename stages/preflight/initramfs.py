@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Protocol
 from pipeline.units import GiB, KiB, MiB
 
 if TYPE_CHECKING:
+    from bz2 import BZ2Decompressor
     from collections.abc import Coroutine
+    from lzma import LZMADecompressor
     from typing import Any
 
 # An initramfs of a rescue system with firmware has 200 MiB and unpacks to 600 MiB.
@@ -315,15 +317,15 @@ class _Gzip:
             self.unused = self._inflater.unused_data
 
 
-class _Lzma:
+class _Fed:
+    """The standard library's decompressors that keep what they were given until it is asked for: xz, lzma, bzip2."""
+
     step = 64 * KiB
 
-    def __init__(self, *, alone: bool) -> None:
-        import lzma
-
-        # Kernels unpack with dictionaries up to 128 MiB; an image that asks for more memory is refused.
-        self._inflater = lzma.LZMADecompressor(lzma.FORMAT_ALONE if alone else lzma.FORMAT_XZ, memlimit=192 * MiB)
-        self._error = lzma.LZMAError
+    def __init__(self, name: str, inflater: LZMADecompressor | BZ2Decompressor, *errors: type[Exception]) -> None:
+        self._name = name
+        self._inflater = inflater
+        self._errors = errors
         self.unused: bytes | None = None
 
     @property
@@ -337,36 +339,24 @@ class _Lzma:
                 data = b""
                 if self._inflater.needs_input:
                     break
-        except self._error as error:
-            raise UnreadableInitramfs(f"its xz part is damaged: {error}") from None
+        except self._errors as error:
+            raise UnreadableInitramfs(f"its {self._name} part is damaged: {error}") from None
         if self._inflater.eof:
             self.unused = self._inflater.unused_data
 
 
-class _Bzip2:
-    step = 64 * KiB
+def _lzma(*, alone: bool) -> _Fed:
+    import lzma
 
-    def __init__(self) -> None:
-        import bz2
+    # Kernels unpack with dictionaries up to 128 MiB; an image that asks for more memory is refused.
+    form = lzma.FORMAT_ALONE if alone else lzma.FORMAT_XZ
+    return _Fed("xz", lzma.LZMADecompressor(form, memlimit=192 * MiB), lzma.LZMAError)
 
-        self._inflater = bz2.BZ2Decompressor()
-        self.unused: bytes | None = None
 
-    @property
-    def is_finished(self) -> bool:
-        return self._inflater.eof
+def _bzip2() -> _Fed:
+    import bz2
 
-    def unpack(self, data: bytes) -> Iterator[bytes]:
-        try:
-            while not self._inflater.eof:
-                yield self._inflater.decompress(data, _OUT_MAX)
-                data = b""
-                if self._inflater.needs_input:
-                    break
-        except (OSError, ValueError) as error:
-            raise UnreadableInitramfs(f"its bzip2 part is damaged: {error}") from None
-        if self._inflater.eof:
-            self.unused = self._inflater.unused_data
+    return _Fed("bzip2", bz2.BZ2Decompressor(), OSError, ValueError)
 
 
 class _Zstd:
@@ -448,10 +438,10 @@ _CODECS: tuple[tuple[bytes, str, Callable[[], Codec]], ...] = (
     (b"\x1f\x8b", "gzip", _Gzip),
     (b"\x1f\x9e", "gzip", _Gzip),
     (b"\x28\xb5\x2f\xfd", "zstd", _Zstd),
-    (b"\xfd7zXZ\0", "xz", lambda: _Lzma(alone=False)),
-    (b"BZh", "bzip2", _Bzip2),
+    (b"\xfd7zXZ\0", "xz", lambda: _lzma(alone=False)),
+    (b"BZh", "bzip2", _bzip2),
     (b"\x02\x21\x4c\x18", "lz4", _LegacyLz4),
-    (b"\x5d\0\0", "lzma", lambda: _Lzma(alone=True)),
+    (b"\x5d\0\0", "lzma", lambda: _lzma(alone=True)),
 )
 
 
