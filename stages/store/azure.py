@@ -16,13 +16,14 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 from xml.etree import ElementTree
 
-from pipeline.errors import FormatError, PlanError, StoreError
+from pipeline.errors import PlanError, StoreError
 from pipeline.flow.orders import PartLimits
 from pipeline.flow.retry import Retry, RetryPolicy
 from pipeline.flow.stage import RealClock
 from pipeline.units import MiB
 from stages.store.azure_access import AzureAccess, find_access
 from stages.store.http import BytesBody, HttpClient, Reply, SendBody, Timeouts
+from stages.store.ranged import read_ranged
 from stages.store.webdav import date_s
 
 # Source: "Scalability and performance targets for Blob storage"; block sizes of API version 2019-12-12 and later.
@@ -366,15 +367,7 @@ class BlobReader:
 
     async def read(self, offset: int, length: int) -> bytes:
         """Exactly these bytes. Raises StoreError, or FormatError for a range beyond the end."""
-        if offset < 0 or length < 0 or offset + length > self.size:
-            raise FormatError(
-                "the blob ends before this range", operation="read", offset=offset, length=length, size=self.size
-            )
-        pieces = [
-            await self._read(start, min(_RANGE_MAX, offset + length - start))
-            for start in range(offset, offset + length, _RANGE_MAX)
-        ]
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return await read_ranged(self._read, offset, length, size=self.size, range_max=_RANGE_MAX, what="blob")
 
     async def _read(self, offset: int, length: int) -> bytes:
         return await self._retry.call(

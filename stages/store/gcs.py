@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
-from pipeline.errors import FormatError, StoreError
+from pipeline.errors import StoreError
 from pipeline.flow.items import RangeReader
 from pipeline.flow.retry import Retry, RetryPolicy
 from pipeline.flow.stage import RealClock
 from pipeline.units import KiB, MiB
 from stages.store.gcs_access import BearerSigner, GcsAccess, find_access
 from stages.store.http import BytesBody, HttpClient, Reply, SendBody, Timeouts
+from stages.store.ranged import read_ranged
 from stages.store.s3 import Dialect, S3Client, S3Url
 from stages.store.s3 import open_reader as open_s3_reader
 from stages.store.s3_signing import RequestSigner, key_signer
@@ -265,15 +266,7 @@ class GcsReader:
 
     async def read(self, offset: int, length: int) -> bytes:
         """Exactly these bytes. Raises StoreError, or FormatError for a range beyond the end."""
-        if offset < 0 or length < 0 or offset + length > self.size:
-            raise FormatError(
-                "the object ends before this range", operation="read", offset=offset, length=length, size=self.size
-            )
-        pieces = [
-            await self._read(start, min(_RANGE_MAX, offset + length - start))
-            for start in range(offset, offset + length, _RANGE_MAX)
-        ]
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return await read_ranged(self._read, offset, length, size=self.size, range_max=_RANGE_MAX)
 
     async def _read(self, offset: int, length: int) -> bytes:
         return await self._retry.call(

@@ -27,6 +27,7 @@ from pipeline.flow.retry import Retry, RetryPolicy
 from pipeline.flow.stage import RealClock
 from stages.store.digests import Buffer
 from stages.store.http import BytesBody, HttpClient, Reply, SendBody, Timeouts
+from stages.store.ranged import read_ranged
 from stages.store.s3_signing import RequestSigner, find_signer, look_around
 
 Addressing = Literal["auto", "path", "virtual"]
@@ -556,17 +557,7 @@ class S3RangeReader:
 
     async def read(self, offset: int, length: int) -> bytes:
         """Exactly these bytes. Raises StoreError, or FormatError for a range beyond the end."""
-        if offset < 0 or offset + length > self.size:
-            raise FormatError(
-                "the object ends before this range", operation="read", offset=offset, length=length, size=self.size
-            )
-        if length <= _RANGE_MAX:
-            return await self._read(offset, length) if length else b""
-        pieces = [
-            await self._read(start, min(_RANGE_MAX, offset + length - start))
-            for start in range(offset, offset + length, _RANGE_MAX)
-        ]
-        return b"".join(pieces)
+        return await read_ranged(self._read, offset, length, size=self.size, range_max=_RANGE_MAX)
 
     async def _read(self, offset: int, length: int) -> bytes:
         state = self._state

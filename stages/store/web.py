@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from pipeline.config.options import without_secrets
-from pipeline.errors import FormatError, PlanError, StoreError
+from pipeline.errors import PlanError, StoreError
 from pipeline.units import KiB, MiB
+from stages.store.ranged import read_ranged
 
 if TYPE_CHECKING:
     from pipeline.flow.retry import Retry, RetryPolicy
-    from stages.store.http import HttpClient, Reply, Timeouts
+from stages.store.http import HttpClient, Reply, Timeouts
 
 # What a URL may begin with, and how that is asked for: dav is WebDAV, whose files are read like any other.
 SCHEMES = {"http": "http", "https": "https", "dav": "http", "davs": "https"}
@@ -78,15 +79,7 @@ class WebReader:
             FormatError: the object ends before.
             StoreError: the server failed, or the object was replaced since it was opened.
         """
-        if offset < 0 or length < 0 or offset + length > self.size:
-            raise FormatError(
-                "the object ends before this range", operation="read", offset=offset, length=length, size=self.size
-            )
-        pieces = [
-            await self._read(start, min(_RANGE_MAX, offset + length - start))
-            for start in range(offset, offset + length, _RANGE_MAX)
-        ]
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return await read_ranged(self._read, offset, length, size=self.size, range_max=_RANGE_MAX)
 
     async def _read(self, offset: int, length: int) -> bytes:
         return await self._retry.call("read", lambda: self._get(offset, length))
