@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol, TypeVar
 
 import pytest
 
@@ -44,24 +46,37 @@ def pytest_unconfigure() -> None:
     end_run()
 
 
-def _shared_seaweedfs() -> SeaweedFs:
-    # Whoever comes first starts it. The others find it by its folder: the folder is the session's, and so is the
-    # server.
-    folder = run_folder(_session()) / "seaweedfs"
+class _Startable(Protocol):
+    """A starter of a server in a folder."""
+
+    def __init__(self, folder: Path, *, owner: ProcessIdentity) -> None: ...
+
+    def start(self) -> None: ...
+
+
+S = TypeVar("S", bound=_Startable)
+
+
+def _shared(starter: type[S], name: str) -> S:
+    """The session's server of a kind.
+
+    Whoever comes first starts it. The others find it by its folder: the folder is the session's, and so is the server.
+    """
+    folder = run_folder(_session()) / name
     folder.mkdir(exist_ok=True)
-    store = SeaweedFs(folder, owner=_session())
+    store = starter(folder, owner=_session())
     store.start()
     return store
+
+
+def _shared_seaweedfs() -> SeaweedFs:
+    return _shared(SeaweedFs, "seaweedfs")
 
 
 @pytest.fixture(scope="session")
 def swift() -> S3Server:
     """The session's Swift."""
-    folder = run_folder(_session()) / "swift"
-    folder.mkdir(exist_ok=True)
-    store = Swift(folder, owner=_session())
-    store.start()
-    return store.server
+    return _shared(Swift, "swift").server
 
 
 @pytest.fixture(scope="session")
@@ -86,11 +101,7 @@ def s3_server(request: pytest.FixtureRequest) -> S3Server:
 @pytest.fixture(scope="session")
 def sftp_server() -> SftpServer:
     """The session's OpenSSH; a test takes names of its own in it."""
-    folder = run_folder(_session()) / "openssh"
-    folder.mkdir(exist_ok=True)
-    store = OpenSsh(folder, owner=_session())
-    store.start()
-    return store.server
+    return _shared(OpenSsh, "openssh").server
 
 
 @pytest.fixture
@@ -103,31 +114,19 @@ def own_openssh() -> Iterator[OpenSsh]:
 @pytest.fixture(scope="session")
 def web_server() -> WebServer:
     """The session's nginx; a test takes names of its own in it."""
-    folder = run_folder(_session()) / "nginx"
-    folder.mkdir(exist_ok=True)
-    store = Nginx(folder, owner=_session())
-    store.start()
-    return store.server
+    return _shared(Nginx, "nginx").server
 
 
 @pytest.fixture(scope="session")
 def azure_server() -> AzureServer:
     """The session's Azurite; a test takes a container of its own."""
-    folder = run_folder(_session()) / "azurite"
-    folder.mkdir(exist_ok=True)
-    store = Azurite(folder, owner=_session())
-    store.start()
-    return store.server
+    return _shared(Azurite, "azurite").server
 
 
 @pytest.fixture(scope="session")
 def gcs_server() -> GcsServer:
     """The session's emulator of GCS; a test takes a bucket of its own."""
-    folder = run_folder(_session()) / "gcs"
-    folder.mkdir(exist_ok=True)
-    store = GcsEmulator(folder, owner=_session())
-    store.start()
-    return store.server
+    return _shared(GcsEmulator, "gcs").server
 
 
 @pytest.fixture
