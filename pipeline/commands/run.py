@@ -21,6 +21,7 @@ from pipeline.commands.console import (
     verb,
 )
 from pipeline.errors import EXIT_FAILED, EXIT_OK, AlreadyFinished, LeftBehindError, PipelineError, cause_of
+from pipeline.units import MiB
 
 if TYPE_CHECKING:
     from pipeline.config.continuing import Attempt
@@ -84,20 +85,21 @@ def command(
     return run_async(partial(run_chain, console, config, chain, quiet, attempt, profile))
 
 
-def _keep_the_heap_small() -> None:
-    """Let threads share two heaps, and give large blocks back to the system as soon as they are free.
+def _shape_the_heap() -> None:
+    """Let all threads share one heap that keeps some of what was freed in it.
 
-    By default glibc gives each thread a heap of its own and keeps what was freed in it, beyond what the ledger counts:
-    an export of 4 GiB with streamed parts peaked 8 KiB above its bound.
+    By default glibc gives each thread a heap of its own and keeps what was freed in each, beyond what the ledger
+    knows of; and it gives the streams of every window back to the system, which then has to clear a page for each 4 KiB
+    of the next (measured: 290,000 page faults for 4 GiB against 16,000, and a sixth of the time of an export).
 
-    Source: mallopt(3), M_ARENA_MAX and M_MMAP_THRESHOLD.
+    Source: mallopt(3), M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD.
     """
     import ctypes
 
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc; musl keeps little by itself
-        libc.mallopt(-8, 2)
-        libc.mallopt(-3, 256 << 10)
+        for parameter, value in ((-8, 1), (-3, 4 * MiB), (-1, 16 * MiB)):
+            libc.mallopt(parameter, value)
 
 
 async def run_chain(
@@ -114,7 +116,7 @@ async def run_chain(
         attempt: how a run that keeps a journal begins; None: it keeps none.
         profile: of [target]; its rules are asked before the first byte moves.
     """
-    _keep_the_heap_small()
+    _shape_the_heap()
     from pipeline.events import Event, EventStream, PreflightDone, RunFailed, UploadKept
     from pipeline.flow.stage import NOTHING
     from pipeline.observe.progress import make_display, summary_lines
