@@ -105,6 +105,34 @@ class KeptBody:
                 yield view
 
 
+class _Staging:
+    """Copies of chunks, in memory that is used again as soon as nobody looks at it any more.
+
+    A fresh block for every chunk costs three times the copying: the system clears its pages, and takes them back.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[bytearray] = []
+
+    def copy(self, chunk: memoryview) -> memoryview:
+        """The chunk, at most CHUNK bytes, in a block of its own. Valid as long as the view, or a part of it, lives."""
+        copy = memoryview(self._free_block())[: chunk.nbytes]
+        copy[:] = chunk  # to a view: assigned to the bytearray itself, it would be copied twice
+        return copy
+
+    def _free_block(self) -> bytearray:
+        for block in self._blocks:
+            try:
+                # A bytearray refuses to change its length while a view of it lives, be it one in a transport.
+                block.append(0)
+            except BufferError:
+                continue
+            del block[CHUNK:]
+            return block
+        self._blocks.append(bytearray(CHUNK))
+        return self._blocks[-1]
+
+
 class ImageEnded(Exception):
     """The image ended inside a streamed part, whose announced length was too long. Never leaves the driver."""
 
@@ -191,6 +219,7 @@ class StreamedBody:
         self._in_thread = in_thread
         self._on_replay = on_replay
         self._length = part.length
+        self._staging = _Staging()
         self._live = _Handover()
         self._running = RunningSums(algorithms)
         self._fed = 0
@@ -257,7 +286,7 @@ class StreamedBody:
                 if self.attempts != mine:  # left over from an attempt that was given up
                     return
                 for view in found[0].chunks():
-                    yield bytes(view)
+                    yield self._staging.copy(view)
                 if self._live.error is not None:
                     raise self._live.error
                 again.drop_front()
@@ -266,7 +295,7 @@ class StreamedBody:
             if self.attempts != mine:
                 return
             for view in segment.chunks():
-                yield bytes(view)
+                yield self._staging.copy(view)
             if self._live.error is not None:  # the image ended meanwhile, and the segment is gone
                 raise self._live.error
             self._live.drop_front()

@@ -11,7 +11,7 @@ Nothing is sealed unless every guest byte is accounted for, and whatever fails o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import anyio
 import anyio.abc
@@ -242,10 +242,10 @@ class PartDriver:
                 expected=expected,
                 order=self._context.order.value,
             )
-        rest = Segment.of(await self._without_buffer(piece))
+        rest = Segment.of(piece)
         if is_head:
             self._head_position = piece.end
-            self._head.add(rest)
+            self._head.add(await self._without_buffer(rest))
             self._head.guest_bytes += piece.guest_bytes
             return
         self._position_before = self._position
@@ -276,23 +276,23 @@ class PartDriver:
                 return
             rest = later
 
-    async def _without_buffer(self, piece: Piece) -> Piece:
-        """The piece as bytes of its own, where a part could gather slices of more buffers than there are.
+    async def _without_buffer(self, segment: Segment) -> Segment:
+        """The segment as bytes of its own, where a kept part could gather slices of more buffers than there are.
 
         An image that leaves zeros out puts a little of very many windows into one part. The planning gave this run
-        made bytes instead of buffers then (`divide_memory`).
+        made bytes instead of buffers then (`divide_memory`). Takes the segment over.
         """
-        data, ledger = piece.data, self._context.ledger
+        data, ledger = segment.data, self._context.ledger
         if not isinstance(data, Slice) or not data.pooled_bytes or not ledger.total:
-            return piece
+            return segment
         try:
-            charge = await ledger.charge(piece.length)
+            charge = await ledger.charge(segment.length)
         except BaseException:
-            piece.release()
+            segment.release()
             raise
         copy = charged_slice(bytes(data.view), charge)
-        piece.release()
-        return replace(piece, data=copy)
+        segment.release()
+        return Segment(segment.length, copy)
 
     def _crosses(self, piece: Piece, is_head: bool) -> bool:
         return is_head and piece.end > self._plan.head_length
@@ -351,7 +351,7 @@ class PartDriver:
                 self._gathering = None  # before the last byte: the part's own task takes care of it from here
             await gathering.streamed.feed(segment)
             return
-        gathering.add(segment)
+        gathering.add(await self._without_buffer(segment))
         if gathering.length == gathering.part.length and not self._plan.parts.single:
             await self._send(gathering, tasks)
             self._gathering = None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
 import anyio
@@ -18,9 +19,12 @@ from pipeline.flow.orders import PartLimits
 from pipeline.flow.retry import Retry, RetryPolicy
 from pipeline.flow.stage import SinkRequest, StageContext
 from pipeline.units import KiB, MiB
+from stages.store.digests import Algorithm
+from stages.write.bodies import Segment, StreamedBody
 from stages.write.driver import DriverPlan, PartDriver, plan_driver
 from stages.write.faulty import Faulty
 from stages.write.memory import MemoryStore
+from stages.write.parts import PlannedPart
 from stages.write.retrying import Retrying
 from stages.write.shapes import Body, PartUpload, Sealed, StoredPart
 from tests.write.images import Image, ImageReplay, QuickClock, make_context, mixed
@@ -343,6 +347,36 @@ async def test_a_streamed_part_is_replayed_where_an_attempt_failed(lost: int) ->
     start = 300 * KiB + 8 * MiB
     assert all(asked[0] == start and asked[1] <= start + max(lost, MiB) + 3 * MiB for asked in replay.asked)
     assert replay.forgotten >= image.size - 8 * MiB
+
+
+@pytest.mark.parametrize("behind", [0, 1, 3])
+async def test_bytes_that_a_transport_still_holds_are_not_overwritten(behind: int) -> None:
+    """Transports of later Pythons, and TLS, look at a chunk when they were given others already."""
+    image = Image([(MiB + 5, True), (300, True), (3 * MiB, True), (MiB, False), (2 * MiB, True)])
+
+    async def in_this_thread(work: Callable[[], None]) -> None:
+        work()
+
+    part = PlannedPart(1, 0, image.size)
+    body = StreamedBody(part, Algorithm.MD5, replay=None, in_thread=in_this_thread, on_replay=lambda start, end: None)
+    sent, held, blocks = bytearray(), deque[memoryview](), set[int]()
+
+    async def send() -> None:
+        async for chunk in body.chunks():
+            held.append(memoryview(chunk)[:])
+            blocks.add(id(memoryview(chunk).obj))
+            del chunk
+            while len(held) > behind:
+                sent.extend(held.popleft())
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(send)
+        async for piece in image.pieces():
+            await body.feed(Segment.of(piece))
+    for rest in held:
+        sent.extend(rest)
+    assert bytes(sent) == image.data
+    assert len(blocks) <= behind + 2, "memory is used again"
 
 
 async def test_a_streamed_part_whose_length_was_a_guess_is_sent_again_with_the_right_one() -> None:
