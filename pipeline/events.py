@@ -55,6 +55,23 @@ class MapProgressed(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RereadProgressed(Event):
+    """How far a further look at a disk in use has come. Guest bytes."""
+
+    number: int  # of the look, from 1
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChangesSent(Event):
+    """A disk in use was read once more, and what had changed was sent again. Guest bytes."""
+
+    number: int  # of the look, from 1
+    changed_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunStarted(Event):
     """Bytes begin to move."""
 

@@ -36,6 +36,7 @@ from pipeline.flow.mapping import DataMap, MapRecorder
 from pipeline.flow.meter import StageMeter
 from pipeline.flow.orders import Order
 from pipeline.flow.replay import Checkpoints, SourceReplay
+from pipeline.flow.rereading import REREAD, Reread, why_none
 from pipeline.flow.resume import RunJournal, restart
 from pipeline.flow.segment import Segment
 from pipeline.flow.stage import (
@@ -97,6 +98,7 @@ class RunPlan:
         recorder: of the map; with what earlier processes of the export saw.
         journal: None where the run keeps none.
         start: where the disk is read from, and the image written.
+        rereads: so often at most a disk in use is read again, for what changed to be sent again.
         preflight: what the rules of [target] said, for the manifest.
     """
 
@@ -121,6 +123,7 @@ class RunPlan:
     recorder: MapRecorder = field(default_factory=MapRecorder)
     journal: RunJournal | None = None
     start: Start = field(default_factory=Start)
+    rereads: int = 0
     preflight: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -163,7 +166,15 @@ class RunPlan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person should read before the start."""
-        return (*self.info.notes, *self.layout.notes)
+        return (*self.info.notes, *self._told_rereads(), *self.layout.notes)
+
+    def _told_rereads(self) -> Iterator[str]:
+        if self.rereads:
+            times = "once" if self.rereads == 1 else f"up to {self.rereads} times"
+            yield f"what changes meanwhile is looked for {times}, until nothing has, and sent again"
+        elif self.info.rereads:
+            told = self.context.facts.find(REREAD)
+            yield f"what changes meanwhile is not sent again: {told.why_none if told else ''}"
 
 
 def target_uri(chain: WiredChain) -> str:
@@ -309,6 +320,17 @@ async def plan_run(
             _build(stage, replace(outside, meter=meters[chain.names.index(stage.name)], journal=journal))
             for stage in chain.checks
         ]
+        not_again = ""
+        if info.rereads:
+            not_again = why_none(
+                encoder=chain.encoder.name,
+                layout=inner,
+                behind=[stage.name for stage in (*compressors, *chain.checks)],
+                functions=functions,
+                writer=writer,
+                target=chain.writer.name,
+            )
+            context.facts.put(REREAD, Reread(why_none=not_again))
         if journal is not None and journal.is_unfinished:
             begun = await restart(
                 journal,
@@ -348,6 +370,7 @@ async def plan_run(
             recorder=recorder,
             journal=journal,
             start=journal.start if journal is not None else Start(position=head_length(chain, layout)),
+            rereads=info.rereads if fuse and not not_again else 0,
         )
     finally:
         if journal is not None:

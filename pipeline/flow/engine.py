@@ -49,10 +49,11 @@ from pipeline.flow.manifest import MANIFEST_SUFFIX, DiskRecord, ImageRecord, Man
 from pipeline.flow.mapping import SKIPPED_RANGES, MapRecorder
 from pipeline.flow.meter import StageMeter, find_bottleneck
 from pipeline.flow.replay import Marks
+from pipeline.flow.rereading import REREAD, Rereading
 from pipeline.flow.resume import RunJournal, remembering, remembering_checks
 from pipeline.flow.segment import Segment
 from pipeline.flow.series import SeriesRecorder
-from pipeline.flow.stage import Compressor, ConcludingSource, Start, Verifier, make_load
+from pipeline.flow.stage import Compressor, ConcludingSource, RewritingWriter, Start, Verifier, make_load
 
 if TYPE_CHECKING:
     from pipeline.config.planning import RunPlan
@@ -130,7 +131,8 @@ async def run_export(plan: RunPlan, events: EventStream) -> Outcome:
             memory.pool.close()
         transfer_s = time.monotonic() - begun
         emit(ImageSealed(uri=stored.uri, size_bytes=stored.size))
-        context.facts.put(SKIPPED_RANGES, recorder.skipped())
+        if not plan.info.is_changing:  # what was a hole then may hold data since, and rightly so
+            context.facts.put(SKIPPED_RANGES, recorder.skipped())
         verdicts, receipt = await _verify(plan, stored)
         bottleneck = find_bottleneck(plan.meters, transfer_s)
         manifest = _manifest(plan, stored, recorder, verdicts, receipt, bottleneck.sentence, time.monotonic() - begun)
@@ -253,7 +255,8 @@ def _segments(
     }
     segments: list[tuple[_Run, list[StageMeter]]] = []
     if plan.fuse:
-        whole = Segment(source=plan.source, functions=plan.functions, meters=meters, **last)
+        again = _rereader(plan, recorder, meters, shared)
+        whole = Segment(source=plan.source, functions=plan.functions, meters=meters, before_finish=again, **last)
         segments.append((whole.run, meters))
     else:
         first = Segment(source=plan.source, functions=[], encoder=None, meters=meters[:1], **shared)
@@ -282,6 +285,31 @@ def _segments(
     for stage, check in zip(plan.chain.checks, plan.checks, strict=True):
         segments.append((check.run, [plan.meter(stage.name)]))
     return segments
+
+
+def _rereader(
+    plan: RunPlan, recorder: MapRecorder, meters: list[StageMeter], shared: dict[str, Any]
+) -> Callable[[Any], Awaitable[None]] | None:
+    """What looks again at a disk in use, where the chain can send what changed."""
+    writer = plan.writer
+    if not plan.rereads or not isinstance(writer, RewritingWriter):
+        return None
+    rereading = Rereading(
+        looks=plan.rereads,
+        source=plan.source,
+        functions=plan.functions,
+        writer=writer,
+        recorder=recorder,
+        on_rewrite=plan.journal.note_rewriting if plan.journal is not None else lambda offset: None,
+        emit=plan.context.emit,
+        meters=meters[:-1],
+        **shared,
+    )
+
+    async def read_again(outlet: Any) -> None:
+        plan.context.facts.put(REREAD, await rereading.run(outlet))
+
+    return read_again
 
 
 def _point_taker(plan: RunPlan) -> Callable[[Start, bool], None] | None:
@@ -374,8 +402,9 @@ class _sampling:
 
     def _emit(self) -> None:
         progress = self.plan.context.progress
-        progress.read_bytes = self.recorder.read_bytes
-        progress.skipped_bytes = sum(self.recorder.totals.values()) - progress.read_bytes
+        # A further look at a disk in use may find more holes than the one before.
+        progress.read_bytes = max(progress.read_bytes, self.recorder.read_bytes)
+        progress.skipped_bytes = sum(self.recorder.totals.values()) - self.recorder.read_bytes
         self.plan.context.emit(
             ProgressSampled(
                 elapsed_s=time.monotonic() - self.begun,

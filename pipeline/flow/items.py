@@ -94,12 +94,15 @@ class Piece:
         data: `length` bytes; None: these image bytes are zero, and the writer sends zeros, clears, or skips as
             its target needs. `bytes` only for small metadata that no ledger counts.
         guest_bytes: how much of the disk the piece accounts for; the sum over an image is exactly the disk's size.
+        generation: 0, or of which further look at the disk (`pipeline.flow.rereading`): image bytes that came before
+            are replaced by those of a later generation, zeros too. Accounts for no guest bytes then.
     """
 
     offset: int
     length: int
     data: Slice | bytes | None
     guest_bytes: int
+    generation: int = 0
 
     @property
     def end(self) -> int:

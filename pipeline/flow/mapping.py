@@ -64,6 +64,10 @@ class MapRecorder:
         for length, why in _RUN.iter_unpack(delta[_TOTALS.size :]):
             self._add(length, why)
 
+    def become(self, other: MapRecorder) -> None:
+        """Take over what another one collected in a further look at the whole disk."""
+        self._lengths, self._whys, self.totals = other._lengths, other._whys, other.totals
+
     @property
     def is_exact(self) -> bool:
         """False once runs had to be merged because there were too many."""

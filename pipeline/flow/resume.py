@@ -30,6 +30,7 @@ from pipeline.errors import (
     PlanError,
     SourceError,
     StageError,
+    StoreError,
     VerificationError,
     first_error,
 )
@@ -66,7 +67,7 @@ SLACK = 4 * MiB
 # Windows that are read again before a run goes on, unless all of them are: at most 256 MiB, a second or two.
 SAMPLE_WINDOWS = 64
 
-_HEADER, _UPLOAD, _PART, _MARK, _POINT, _END, _DROPPED, _CHECKED = range(1, 9)
+_HEADER, _UPLOAD, _PART, _MARK, _POINT, _END, _DROPPED, _CHECKED, _REWRITING = range(1, 10)
 # position, guest offset, guest bytes, cover; inner position, guest bytes, window offset; lengths of both states
 _POINT_HEAD = struct.Struct("<7QII")
 _U64 = struct.Struct("<Q")
@@ -154,6 +155,8 @@ class RunJournal:
     Attributes:
         header: what the export is, as its first process described it; empty where there was no journal.
         published: where an earlier process published the image; empty where none did.
+        rewritten_from: guest bytes from here on may have been replaced in the target after they were noted; None where
+            none were.
         recheck: how much of what was sent is compared with the disk before going on.
         attempts: processes that worked on it, this one included.
         resume_command: for messages.
@@ -181,6 +184,7 @@ class RunJournal:
         self.upload: Mapping[str, Any] = {}
         self.parts: dict[int, KeptPart] = {}
         self.mark = 0
+        self.rewritten_from: int | None = None
         self.points: list[Point] = []
         self.published = ""
         self.discards = False
@@ -265,6 +269,8 @@ class RunJournal:
                 self.mark = _U64.unpack(record.payload)[0]
             elif record.kind == _POINT:
                 self.points.append(Point.of_record(record.payload))
+            elif record.kind == _REWRITING:
+                self.rewritten_from = _U64.unpack(record.payload)[0]
             elif record.kind == _END:
                 self.published = json.loads(record.payload)["uri"]
         self._settle()
@@ -287,6 +293,7 @@ class RunJournal:
         self.header = {**header, "id": self.id}
         self.start = Start(position=self._head_length)
         self.upload, self.parts, self.mark, self.points, self.published = {}, {}, 0, [], ""
+        self.rewritten_from = None
         self.attempts = 1
         self._noted_to = self._placing_to = 0
         self._uncovered = None
@@ -322,6 +329,26 @@ class RunJournal:
         """Every image byte below is on stable storage in the target."""
         self.mark = position
         self._append(Record(_MARK, _U64.pack(position)))
+
+    def note_rewriting(self, guest_offset: int) -> None:
+        """Bytes of the disk from here on are replaced in the target by later ones. Durable when it returns.
+
+        Raises:
+            StoreError: a later process would not know of it.
+        """
+        if self.rewritten_from is None or guest_offset < self.rewritten_from:
+            self.rewritten_from = guest_offset
+            self._append(Record(_REWRITING, _U64.pack(guest_offset)), durable=True)
+        if self._broken:
+            try:
+                self._remove_leaves()  # without them nobody starts from a point: all is made again
+            except OSError as error:
+                raise StoreError(
+                    f"the journal can neither be written nor removed: {error.strerror}",
+                    operation="read again",
+                    journal=self.path,
+                    hint='Set journal = PATH on another disk, or journal = "off" in [export].',
+                ) from None
 
     def drop_parts(self, numbers: Iterable[int]) -> None:
         """The store does not have these parts after all."""
@@ -467,6 +494,8 @@ class RunJournal:
         records += [Record(_PART, _json(asdict(part))) for part in self.parts.values()]
         if self.mark:
             records.append(Record(_MARK, _U64.pack(self.mark)))
+        if self.rewritten_from is not None:
+            records.append(Record(_REWRITING, _U64.pack(self.rewritten_from)))
         return records + [point.to_record() for point in self.points]
 
     def _give_up(self, error: OSError) -> None:
@@ -560,6 +589,8 @@ class RunJournal:
         """This process starts here: forget later points, whose observations are made again."""
         self.start = point.start if point else Start(position=self._head_length)
         self.points = [one for one in self.points if one.guest_offset <= self.start.guest_offset] if point else []
+        # All that lies behind is sent again, whatever was known of it.
+        self.mark, self.rewritten_from = min(self.mark, self.start.position), None
         self.attempts = int(self.header.get("attempts", 1)) + 1
         self.header = {**self.header, "attempts": self.attempts}
         try:
@@ -701,6 +732,9 @@ async def restart(
     """
     full = journal.recheck == "full" or dict(journal.header["source"]) != info.identity
     points = journal.usable_points(below)
+    if (replaced := journal.rewritten_from) is not None:
+        # What was noted of the bytes behind is not what the target holds any more.
+        points = [one for one in points if one.guest_offset <= replaced]
     functions, recorder = make_functions(), MapRecorder()
     can_compare = any(isinstance(one, Remembering) for one in functions)
     compared = 0

@@ -8,7 +8,7 @@ between; the image is the same.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,13 +57,14 @@ class Segment:
         start: where the disk is read from; what lies before was placed by an earlier process.
         on_boundary: called on the loop before every block is observed and placed, with where a run that begins there
             begins, and at the end (True).
+        before_finish: awaited with the outlet when every block was placed, before the stages finish.
     """
 
     def __init__(
         self,
         *,
         source: Source | None,
-        functions: list[FunctionStage[Any]],
+        functions: Sequence[FunctionStage[Any]],
         encoder: Encoder[Any] | None,
         meters: list[StageMeter],
         memory: Memory,
@@ -75,6 +76,7 @@ class Segment:
         checkpoints: Checkpoints | Marks | None = None,
         start: Start | None = None,
         on_boundary: Callable[[Start, bool], None] | None = None,
+        before_finish: Callable[[Outlet[Any]], Awaitable[None]] | None = None,
     ) -> None:
         self._source = source
         self._functions = functions
@@ -86,6 +88,7 @@ class Segment:
         self._position = self._start.guest_offset  # behind the last block placed
         self._guest_bytes = self._start.guest_bytes  # that all pieces so far account for
         self._on_boundary = on_boundary
+        self._before_finish = before_finish
         self._window = window
         self._threads = threads
         self._workers = workers
@@ -107,6 +110,8 @@ class Segment:
         if self._position != self._disk_size:
             raise StageError(f"blocks covered {self._position} of {self._disk_size} guest bytes")
         self._tell_boundary(is_end=True)
+        if self._before_finish:
+            await self._before_finish(outlet)
         for function in self._functions:
             function.finish()
         if self._encoder:

@@ -235,8 +235,8 @@ class Layout:
         made_max: bytes that preparing one full window can make, charged to the ledger before; 0 where the encoder
             passes the window's own slice on.
         grain: zero runs are useful to the encoder from this length and alignment on, in guest bytes.
-        positional: image bytes depend on the guest bytes at their own offset only; where the disk changed between two
-            processes of one export, what changed can be sent again.
+        positional: the image is the disk byte for byte, and what follows it depends on nothing of it; where the disk
+            changed, meanwhile or between two processes of one export, what changed can be sent again.
         skips_grow: a long skip may make the image longer by as much; False where it costs tables only.
         notes: sentences that a person should read before the start: a size that was rounded up and why, a limit that
             the image may meet.
@@ -379,6 +379,8 @@ class SourceInfo:
         identity: what tells this disk from another (serial, inode, mtime ...), for manifest and resume.
         summary: what `pipeline plan` prints of it, (what, how much).
         notes: sentences that a person should read before the start.
+        is_changing: somebody may write to the disk while it is read.
+        rereads: so often at most such a disk is read again to catch up with what changed, where the chain can.
     """
 
     size: int
@@ -390,6 +392,8 @@ class SourceInfo:
     identity: dict[str, str] = field(default_factory=dict)
     summary: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+    is_changing: bool = False
+    rereads: int = 0
 
 
 class Source(Protocol):
@@ -487,6 +491,21 @@ class Remembering(Protocol):
 
     def recall(self, delta: bytes) -> None:
         """Observe again what an earlier process did, delta by delta, before the first block."""
+        ...
+
+
+@runtime_checkable
+class Comparing(Protocol):
+    """A function stage that can tell what changed when all of the disk is read once more."""
+
+    def compare(self, note: Any, offset: int) -> tuple[range, ...]:
+        """Take the note of the block at guest `offset` in place of the one before.
+
+        Called with every block of a further look, in guest order, from 0 to the end of the disk, on the event loop.
+
+        Returns:
+            the guest ranges of the block that hold something else now, ascending.
+        """
         ...
 
 
@@ -620,6 +639,15 @@ class Writer(Protocol):
 
     async def close(self) -> None:
         """Let connections go; idempotent, also without `run`."""
+        ...
+
+
+@runtime_checkable
+class RewritingWriter(Protocol):
+    """A writer that replaces image bytes which it stored already: takes pieces of later generations."""
+
+    async def can_rewrite(self) -> bool:
+        """Whether its target lets it; waits until that is known, which is soon after the run began."""
         ...
 
 

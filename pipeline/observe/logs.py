@@ -17,6 +17,7 @@ from pipeline.events import (
     ImageVerified,
     PartStored,
     ProgressSampled,
+    RereadProgressed,
     RetryScheduled,
     RunFailed,
     VerifyProgressed,
@@ -29,7 +30,7 @@ _NUMBERS: dict[Level, int] = {"debug": 10, "info": 20, "warning": 30, "error": 4
 
 def level_of(event: Event) -> Level:
     """How loud an event is: debug for what comes many times a second, warning for what a person may have to act on."""
-    if isinstance(event, (ProgressSampled, PartStored, VerifyProgressed)):
+    if isinstance(event, (ProgressSampled, PartStored, RereadProgressed, VerifyProgressed)):
         return "debug"
     if isinstance(event, (RetryScheduled, FallbackTaken)):
         return "warning"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol
 
 from pipeline.events import (
+    ChangesSent,
     Event,
     FallbackTaken,
     ImageSealed,
@@ -21,6 +22,7 @@ from pipeline.events import (
     MapProgressed,
     PartReplayed,
     ProgressSampled,
+    RereadProgressed,
     RetryScheduled,
     RunPlanned,
     VerifyProgressed,
@@ -161,7 +163,7 @@ class LineDisplay:
             if event.elapsed_s >= self._next_s:
                 self._next_s = event.elapsed_s + LINE_EVERY_S
                 self._write(self._progress(event))
-        elif isinstance(event, MapProgressed | VerifyProgressed):
+        elif isinstance(event, MapProgressed | RereadProgressed | VerifyProgressed):
             # No clock here: a line at each quarter is enough for the shorter passes.
             quarter = event.done_bytes * 4 // max(1, event.total_bytes)
             if quarter > self._quarter:
@@ -203,7 +205,7 @@ class LiveDisplay:
         elif isinstance(event, ProgressSampled) and self._export is not None:
             amount = f"{format_size(event.acked_bytes)} of {format_size(event.disk_bytes)}"
             bars.update(self._export, completed=event.acked_bytes, amount=amount, pace=" ".join(self._track.pace))
-        elif isinstance(event, MapProgressed | VerifyProgressed):
+        elif isinstance(event, MapProgressed | RereadProgressed | VerifyProgressed):
             name = pass_name(event)
             if name not in self._passes:
                 self._passes[name] = bars.add_task(name, total=event.total_bytes, amount="", pace="")
@@ -248,8 +250,10 @@ class LiveDisplay:
         return self._bars
 
 
-def pass_name(event: MapProgressed | VerifyProgressed) -> str:
-    """What a pass beside the transfer is called: the look at the whole disk before it, or the stage that verifies."""
+def pass_name(event: MapProgressed | RereadProgressed | VerifyProgressed) -> str:
+    """What a pass beside the transfer is called: a look at the whole disk before or after it, or who verifies."""
+    if isinstance(event, RereadProgressed):
+        return f"looking for changes, {event.number}"
     return "map of the disk" if isinstance(event, MapProgressed) else event.stage
 
 
@@ -267,6 +271,9 @@ def phase_line(event: Event) -> str:
         return f"{event.stage}: {event.state}" + (f", {event.detail}" if event.detail else "")
     if isinstance(event, FallbackTaken):
         return f"{event.stage}: {event.what} ({event.reason})"
+    if isinstance(event, ChangesSent):
+        changed = f"{format_size(event.changed_bytes)} had changed, sent again" if event.changed_bytes else "none found"
+        return f"changes, look {event.number}: {changed}"
     if isinstance(event, PartReplayed):
         return f"{event.stage}: part {event.number} is read and encoded again"
     return ""

@@ -5,6 +5,7 @@ The stage stands before every zero test, so that a fault in skipping zeros can't
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,6 +38,7 @@ class GuestChecksum:
         self._context = context
         self._leaves = LeafDigests(options.algorithm, context.disk_size)
         self._noted = 0  # leaves that `delta` gave already
+        self._again = self._leaves  # of the look that is under way
 
     def apply(self, block: Block) -> tuple[Block, Note]:
         """Hash one block, which begins on a leaf and ends on one or at the end of the disk. Threads: any."""
@@ -66,14 +68,35 @@ class GuestChecksum:
         Raises:
             SourceError: it holds something else now.
         """
-        index = offset // LEAF
-        for first in self._leaves.nonzero(index, index + note.zeros):
+        for first in self._differing(note, offset):
             raise self._changed(first.start)
+
+    def compare(self, note: Note, offset: int) -> tuple[range, ...]:
+        """Take the leaves of the next block of another look; guest ranges of those that are different.
+
+        The digest is that of the latest look that was whole.
+        """
+        if offset == 0:
+            self._again = LeafDigests(self._algorithm, self._leaves.size)
+        changed = tuple(
+            range(found.start * LEAF, min(found.stop * LEAF, self._leaves.size))
+            for found in self._differing(note, offset)
+        )
+        self._again.add_zeros(note.zeros)
+        self._again.add(note.digests)
+        if self._again.is_complete:
+            self._leaves = self._again
+        return changed
+
+    def _differing(self, note: Note, offset: int) -> Iterator[range]:
+        """Numbers of the leaves from guest `offset` on that are not what the note says."""
+        index = offset // LEAF
+        yield from self._leaves.nonzero(index, index + note.zeros)
         width = self._leaves.width
         for number in range(len(note.digests) // width):
             leaf = index + note.zeros + number
             if note.digests[number * width : (number + 1) * width] != self._leaves.leaf(leaf):
-                raise self._changed(leaf)
+                yield range(leaf, leaf + 1)
 
     def finish(self) -> None:
         """Leave the digest of the whole disk. Raises StageError when blocks are missing."""

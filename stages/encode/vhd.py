@@ -174,6 +174,7 @@ def plan_layout(options: Options, request: LayoutRequest) -> Layout:
             image_bytes_max=length,
             image_bytes=length,
             grain=4 * KiB,
+            positional=True,
             notes=notes,
         )
     if size > DYNAMIC_MAX:

@@ -28,6 +28,7 @@ from pipeline.flow.facts import Fact
 from pipeline.flow.items import Block, Content, Run, Why
 from pipeline.flow.pacing import RateLimit
 from pipeline.flow.parallel import in_thread
+from pipeline.flow.rereading import REREAD
 from pipeline.flow.stage import BLOCKS, DISK_SIZE, NOTHING, SourceInfo, StageContext, StageSpec, option
 from pipeline.units import Duration, KiB, MiB, Size, round_up
 
@@ -46,6 +47,8 @@ _BLKGETSIZE64 = 0x80081272
 _BLKSSZGET = 0x1268
 # A gap shorter than this inside a window is read with its neighbours: one request costs more than the bytes.
 _GAP_READ_ANYWAY = 128 * KiB
+# A disk that is never at rest would be read for ever.
+_REREADS_MAX = 100
 # How many runs of the map are looked up in one thread call; each costs a system call or two.
 _RUNS_AT_ONCE = 512
 
@@ -77,6 +80,12 @@ class Options:
         "snapshot reads an LVM snapshot of the volume, made and removed by the run.",
         may_change=True,
     )
+    rereads: int = option(
+        3,
+        doc="With live: once all is sent, read the disk again, so often at most, and send what changed, until nothing "
+        "did. For encode.raw and fixed VHDs with checksum.guest, on targets where bytes can be replaced; 0: never.",
+        may_change=True,
+    )
     freeze_timeout: Duration = option(
         Duration(600), doc="A freeze ends after so long at the latest; then the run fails.", may_change=True
     )
@@ -98,6 +107,8 @@ class Options:
             raise ValueError(f"{' and '.join(given)} contradict each other: give one of them")
         if self.partitions == ():
             raise ValueError('partitions = [] keeps none; "all" keeps them all')
+        if not 0 <= self.rereads <= _REREADS_MAX:
+            raise ValueError(f"rereads must lie between 0 and {_REREADS_MAX}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +215,8 @@ class DiskReader:
             identity={**info.identity, **chosen.identity},
             summary=tuple(chosen.summary()),
             notes=tuple(self._notes()),
+            is_changing=bool(self._restless),
+            rereads=options.rereads if options.consistency == "live" and self._live else 0,
         )
 
     async def _hold(self, uses: Collection[Use], table: PartitionTable, cut: Cut | None) -> Collection[str]:
@@ -325,6 +338,7 @@ class DiskReader:
 
     async def windows(self, window: int, start: int = 0) -> AsyncIterator[Block]:
         """The disk from `start` as whole aligned windows and long skips; looks the map up ahead, in threads."""
+        self._hole = range(0)  # a further look at a disk in use may find data there
         blocks = self._blocks(window, start)
         while True:
             batch = await in_thread(self._context.threads, lambda: _take(blocks, _RUNS_AT_ONCE))
@@ -451,25 +465,34 @@ class DiskReader:
                 "an image of many moments.",
             )
         written = bytes_written(self._path)
-        frozen: tuple[str, ...] = ()
-        restless = tuple(dict.fromkeys(use.point for use in self._live))
-        if self._freeze is not None:
-            frozen, restless = self._freeze.points, self._freeze.unable
-            await self._thaw()
+        restless = self._restless
+        frozen = self._freeze.points if self._freeze is not None else ()
+        await self._thaw()
+        reread = self._context.facts.find(REREAD) if restless else None
+        if restless:
+            achieved = "settled" if reread is not None and reread.is_settled else "live"
+        else:
+            achieved = "frozen" if frozen else "snapshot" if self._snapshot else "offline"
         self._context.facts.put(
             CONSISTENCY,
             Told(
                 {
                     "asked": self._options.consistency,
-                    "achieved": (
-                        "live" if restless else "frozen" if frozen else "snapshot" if self._snapshot else "offline"
-                    ),
+                    "achieved": achieved,
                     "frozen": list(frozen),
                     "changing": list(restless),
                     "written_bytes": None if written is None else written - self._written,
+                    **(reread.to_json() if reread is not None else {}),
                 }
             ),
         )
+
+    @property
+    def _restless(self) -> tuple[str, ...]:
+        """Who may write to what is taken while it is read."""
+        if self._freeze is not None:
+            return self._freeze.unable
+        return tuple(dict.fromkeys(use.point for use in self._live))
 
     async def _thaw(self) -> None:
         """Let the filesystems go. Raises SourceError where they were not held up to now."""

@@ -76,13 +76,14 @@ class AzurePageWriter:
         self._found: BlobPlace | None = None
         self._token = secrets.token_hex(8)
         self._size = 0
+        self._sent = bytearray()  # a 1 for each stretch of PAGES_MAX bytes that something was sent to
         self._is_made = False  # or may be
 
     # -- planning --------------------------------------------------------------------------------------------------
 
     async def plan(self, request: SinkRequest) -> SinkPlan:
         """Look at container and target, and at the size that the blob will have. Raises PlanError or StoreError."""
-        from stages.store.azure import PAGE
+        from stages.store.azure import PAGE, PAGES_MAX
 
         size = request.layout.image_bytes
         if size is None or size % PAGE or size > _SIZE_MAX:
@@ -93,6 +94,7 @@ class AzurePageWriter:
                 hint='Use encode.vhd with variant = "fixed", which is what Azure makes disks of; or write.azure_block.',
             )
         self._size = size
+        self._sent = bytearray(-(-size // PAGES_MAX))
         await self._hang_up()
         self._found = place = BlobPlace(
             self._options,
@@ -145,6 +147,10 @@ class AzurePageWriter:
         """Pages come in any order."""
         return False
 
+    async def can_rewrite(self) -> bool:
+        """Always."""
+        return True
+
     async def create(self) -> None:
         """Make the blob, all zero. Raises StoreError."""
         place = self._place
@@ -172,7 +178,7 @@ class AzurePageWriter:
         return found is not None and found.metadata.get(TOKEN) == self._token
 
     async def write(self, parts: Sequence[tuple[int, memoryview]]) -> None:
-        """Send pages, at most 4 MiB a request; leave out those that are zero. Raises StoreError."""
+        """Send pages, at most 4 MiB a request; leave out zeros where nothing was sent yet. Raises StoreError."""
         from stages.store.azure import PAGE, PAGES_MAX
 
         for offset, view in parts:
@@ -180,7 +186,9 @@ class AzurePageWriter:
                 raise StageError("a piece is not made of whole pages", operation="write", offset=offset)
             for start in range(0, view.nbytes, PAGES_MAX):
                 chunk = view[start : start + PAGES_MAX]
-                if not _is_zero(chunk):
+                first, last = (offset + start) // PAGES_MAX, (offset + start + chunk.nbytes - 1) // PAGES_MAX
+                if any(self._sent[first : last + 1]) or not _is_zero(chunk):
+                    self._sent[first : last + 1] = b"\1" * (last + 1 - first)
                     await self._put(offset + start, chunk)
 
     async def _put(self, offset: int, chunk: memoryview) -> None:

@@ -214,6 +214,10 @@ class BlockWriter:
         """A disk takes writes at any offset."""
         return False
 
+    async def can_rewrite(self) -> bool:
+        """Always."""
+        return True
+
     async def create(self) -> None:
         """From here on the target is not what it was."""
         if self._journal is not None:

@@ -202,6 +202,10 @@ class FileWriter:
         """A file takes writes at any offset."""
         return False
 
+    async def can_rewrite(self) -> bool:
+        """Always."""
+        return True
+
     async def create(self) -> None:
         """Make the temporary file. Raises StoreError."""
         self._create()

@@ -36,6 +36,10 @@ class NullWriter:
             self._context.progress.acknowledge(guest_bytes=piece.guest_bytes, image_bytes=piece.length)
         await outlet.send(StoredImage("null:", size, _Refusal))
 
+    async def can_rewrite(self) -> bool:
+        """There is nothing that could stand in the way."""
+        return True
+
     async def publish(self, manifest: bytes) -> str:
         """Nothing is kept."""
         return "null:"

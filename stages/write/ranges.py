@@ -1,7 +1,8 @@
 """Store pieces in what takes writes at any offset: the one driver for files, SFTP, NBD and block devices.
 
 Pieces that lie well are written from the buffers they were read into; the rest is packed into staging buffers first.
-Zeros that nobody wrote are holes. A target that takes bytes in order only gets every one of them, zeros too.
+Zeros that nobody wrote are holes. A target that takes bytes in order only gets every one of them, zeros too. Pieces of
+a later generation replace what was written before; they are written when all of that has come to rest.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class RangeDriver:
         self._guest_bytes = journal.start.guest_bytes if journal is not None else 0
         self._head_length = context.layout.head_length if context.layout is not None else 0
         self._is_ascending = True  # apart from a head that comes last
+        self._generation = 0
         self._writing: dict[int, int] = {}  # image offset of each batch under way
 
     async def store(self, inlet: Inlet[Piece]) -> int:
@@ -89,6 +91,9 @@ class RangeDriver:
             try:
                 async with self._marking(), anyio.create_task_group() as tasks:
                     async for piece in inlet:
+                        if piece.generation > self._generation:
+                            await self._come_to_rest(tasks)
+                            self._generation = piece.generation
                         is_ascending = piece.offset >= self._position or piece.end <= self._head_length
                         self._is_ascending = self._is_ascending and is_ascending
                         self._size = max(self._size, piece.end)
@@ -147,6 +152,21 @@ class RangeDriver:
             waiting.append(self._packer.offset)
         return min((offset for offset in waiting if offset >= self._head_length), default=self._position)
 
+    async def _come_to_rest(self, tasks: anyio.abc.TaskGroup) -> None:
+        """Nothing is under way when this returns: two writes of the same bytes could overtake each other.
+
+        What a target still remembers for sending it again is over, too.
+        """
+        await self._write(self._batch, tasks)
+        self._batch = Batch()
+        await self._write(self._packer.take(), tasks)
+        for _ in range(self._in_flight):
+            await self._room.acquire()
+        for _ in range(self._in_flight):
+            self._room.release()
+        if self._make_durable is not None:
+            await self._make_durable()
+
     async def _take(self, piece: Piece, tasks: anyio.abc.TaskGroup) -> None:
         packer = self._packer
         is_long_zero = piece.data is None and piece.length >= _HOLE_MIN
@@ -158,7 +178,7 @@ class RangeDriver:
             self._writing[id(piece)] = piece.offset
             await self._room.acquire()
             tasks.start_soon(self._clear_piece, piece, self._clear)
-        elif piece.data is None and not follows:
+        elif piece.data is None and not follows and not piece.generation:
             self._context.progress.acknowledge(guest_bytes=piece.guest_bytes, image_bytes=0)
         elif follows or not is_aligned(piece):
             async for full in packer.add(piece):

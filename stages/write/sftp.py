@@ -107,6 +107,7 @@ class SftpWriter:
         self._partial = ""
         self._file: RemoteFile | None = None
         self._in_order = False
+        self._is_begun = anyio.Event()  # it is known how the server takes writes
         self._reached = 0  # behind the last byte that was acknowledged
         self._is_published = False
         # Every name that this run may have given to a file, and what that file is; None: nobody else has the name.
@@ -269,8 +270,17 @@ class SftpWriter:
         """Whether the server takes writes in order only, as it turned out."""
         return self._in_order
 
+    async def can_rewrite(self) -> bool:
+        """Unless the server takes writes in order only. Waits until the file was made."""
+        await self._is_begun.wait()
+        return not self._in_order
+
     async def create(self) -> None:
         """Make the temporary file and see how the server takes writes. Raises PlanError or StoreError."""
+        await self._make()
+        self._is_begun.set()
+
+    async def _make(self) -> None:
         sftp = client_library()
         self._file = sftp.RemoteFile(self._client, self._partial, sftp.READ | sftp.WRITE)
         self._file.reopened = self._check_reopened

@@ -150,7 +150,8 @@ async def test_what_is_written_to_a_live_disk_is_counted(tmp_path: Path, monkeyp
         monkeypatch.setattr(DiskReader, "conclude", written)
         outcome, _ = await exported(device, folder=tmp_path)
         told = outcome.manifest.facts["consistency"]
-        assert (told["asked"], told["achieved"], told["changing"]) == ("live", "live", [str(mount)])
+        assert (told["asked"], told["achieved"], told["changing"]) == ("live", "settled", [str(mount)])
+        assert (told["rereads"], told["resent_bytes"]) == (1, 0), "it was written after the last look"
         assert MiB <= told["written_bytes"] < 8 * MiB
 
 
