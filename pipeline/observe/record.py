@@ -129,7 +129,7 @@ def _record_of(manifest: Manifest) -> Record:
         target=str(image.uri),
         disk_size=size,
         elapsed_s=float(manifest.elapsed_s),
-        source=_texts(disk.identity),
+        source={**_texts(disk.identity), **_consistency(manifest.facts.get("consistency"))},
         runs=unpack_runs(disk.runs, size),
         runs_exact=bool(disk.runs_exact),
         totals=totals,
@@ -168,6 +168,30 @@ def _record_of(manifest: Manifest) -> Record:
         options={str(name): _texts(values) for name, values in manifest.options.items()},
         versions=_texts(manifest.versions),
     )
+
+
+def _consistency(fact: Any) -> dict[str, str]:
+    """What was achieved on a disk in use, in a sentence; nothing where the source leaves no such fact."""
+    if not isinstance(fact, Mapping) or "achieved" not in fact:
+        return {}
+    changing = ", ".join(str(point) for point in fact.get("changing") or ())
+    looks = fact.get("changed_bytes") or []
+    resent = f"{format_exact(_count(fact['resent_bytes']))} had changed and were sent again" if looks else ""
+    if fact["achieved"] == "settled":
+        told = f"settled: written to at {changing}, {resent}, the last look at all of it found no change"
+    elif fact["achieved"] == "live" and looks:
+        told = (
+            f"live: written to at {changing}, {resent}, {format_exact(_count(looks[-1]))} of it in the last look: "
+            "an image of many moments"
+        )
+    elif fact["achieved"] == "live":
+        told = f"live: written to at {changing}, an image of many moments"
+    else:
+        told = str(fact["achieved"])
+    written = fact.get("written_bytes")
+    if changing and written is not None:
+        told += f"; {format_exact(_count(written))} were written to the disk meanwhile"
+    return {"consistency": told}
 
 
 def _rules(preflight: Mapping[str, Any]) -> str:

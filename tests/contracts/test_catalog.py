@@ -143,6 +143,11 @@ def test_writer_says_what_its_target_can_do(spec: StageSpec) -> None:
 
 
 @each_writer
+def test_writer_whose_target_can_be_rewritten_lets_a_disk_in_use_be_caught_up_with(spec: StageSpec) -> None:
+    assert hasattr(spec.build, "can_rewrite") == (spec.sink is not None and spec.sink.rewrite == "any")
+
+
+@each_writer
 def test_writer_that_stores_under_urls_can_read_them_too(spec: StageSpec) -> None:
     assert bool(spec.schemes) == (spec.open_reader is not None)
     if spec.open_reader is not None:
