@@ -141,6 +141,14 @@ class Rereading:
             self._emit(ChangesSent(number=number, changed_bytes=changed[-1]))
             if not changed[-1]:
                 break
+        else:
+            self._emit(
+                FallbackTaken(
+                    stage="engine",
+                    what="the image is of many moments",
+                    reason=f"the disk still changed during look {self._looks}, the last one",
+                )
+            )
         return Reread(changed=tuple(changed))
 
     async def _look(self, number: int, outlet: Outlet[Piece]) -> int:

@@ -128,7 +128,9 @@ async def test_once_a_write_load_ends_the_image_is_the_disk_at_rest(kind: str, e
 @needs_root
 async def test_a_load_that_does_not_end_is_told_after_the_last_look(tmp_path: Path) -> None:
     with device_of("ext4", tmp_path) as (device, mount), write_load(mount):
-        outcome = await exported(device, "rereads = 2", 'blocks = "used"', folder=tmp_path)
+        events: list[Event] = []
+        outcome = await exported(device, "rereads = 2", 'blocks = "used"', folder=tmp_path, events=events)
+    assert any(isinstance(event, FallbackTaken) and "many moments" in event.what for event in events)
     consistency = told(outcome)
     assert (consistency["achieved"], consistency["rereads"]) == ("live", 2)
     assert min(consistency["changed_bytes"]) > 0
