@@ -113,7 +113,7 @@ def read_contents(
             else:
                 break
             continue
-        name, make = _codec_of(head)
+        name, make = codec_of(head)
         contents.members.append(name)
         codec = make()
         if _unpack(codec, source, archive, contents, enough):
@@ -425,7 +425,12 @@ class _LegacyLz4:
             del self._held[: 4 + length]
 
 
-def _codec_of(head: bytes) -> tuple[str, Callable[[], Codec]]:
+def codec_of(head: bytes) -> tuple[str, Callable[[], Codec]]:
+    """What packed something that begins with these bytes: its name, and how to make a decompressor.
+
+    Raises:
+        UnreadableInitramfs: none that is known here.
+    """
     for magic, name, make in _CODECS:
         if head.startswith(magic):
             return name, make

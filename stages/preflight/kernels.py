@@ -19,6 +19,7 @@ from pipeline.errors import FormatError
 from pipeline.units import KiB, MiB
 from stages.disk.tree import Kind, View
 from stages.preflight.findings import Evidence
+from stages.preflight.ikconfig import find_config, read_config
 from stages.preflight.initramfs import Contents, UnreadableInitramfs, module_name, read_initramfs
 from stages.preflight.menus import BootEntry, BootMenus, version_key
 from stages.preflight.texts import Text, exists, is_folder, names_in, read_text, texts_in, why_unreadable
@@ -168,10 +169,12 @@ async def _kernel(view: View, image: str, entries: tuple[BootEntry, ...]) -> Ker
         initrds = tuple(Initrd(path=path) for path in named)
     folders = [f"{base}/{version}" for base in _BASES if version and await is_folder(view, f"{base}/{version}")]
     folder = folders[0] if folders else ""
-    config_text = await _config(view, version, folder)
-    config, lines = _parse_config(config_text)
     builtin = await _builtin(view, folder)
     modules, depends, problem = await _modules(view, folder)
+    inside = unified.get(".linux") if unified is not None else None
+    part = Initrd(path=image, offset=inside.offset, length=inside.length) if inside else Initrd(path=image)
+    config_text = await _config(view, version, folder) or await _config_inside(view, part, folder, modules)
+    config, lines = _parse_config(config_text)
     return Kernel(
         version=version,
         image=image,
@@ -224,6 +227,20 @@ async def _config(view: View, version: str, folder: str) -> Text | None:
         if path.startswith("/") and (text := await read_text(view, path)).lines:
             return text
     return await _running_config(view, version) if view.is_live else None
+
+
+async def _config_inside(view: View, image: Initrd, folder: str, modules: Mapping[str, str]) -> Text | None:
+    """The configuration that a kernel carries in its image, or in its module `configs`; None where it does not."""
+    try:
+        if (path := modules.get("configs")) is not None:
+            raw = unpacked_module(path, await view.read(f"{folder}/{path}", limit=_MODULE_MAX))
+            found, shown = find_config(lambda offset, length: raw[offset : offset + length], len(raw)), path
+        else:
+            size = image.length if image.length is not None else (await view.stat(image.path)).size
+            found, shown = await read_config(partial(_read_part, view, image), size), image.path
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, FormatError):
+        return None
+    return Text(path=f"{shown} (IKCONFIG)", lines=tuple(found.split("\n"))) if found else None
 
 
 async def _running_config(view: View, version: str) -> Text | None:

@@ -1,7 +1,7 @@
 """A Debian 12 on a disk, as its own tools make it: `python -m tests.preflight.debian`.
 
 debootstrap, apt, update-initramfs, grub-install and update-grub make one raw disk (MBR, one ext4), which is kept below
-`.cache/` and mounted read-only by the tests. Takes about three minutes and 800 MiB once; needs root and a loop device.
+`.cache/` and mounted read-only by the tests. Takes about three minutes and 900 MiB once; needs root and a loop device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.preflight.disks import ROOT_UUID
 CACHE = Path(__file__).parents[2] / ".cache" / "preflight"
 DISK = CACHE / "debian12.raw"
 DRACUT = "boot/by-dracut.img"
-_SIZE = 2 << 30
+_SIZE = 10 << 30  # most of it free: about 900 MiB are written
 _BASE = "systemd-sysv,initramfs-tools,kmod,udev,zstd,sudo,e2fsprogs"
 _PACKAGES = ("linux-image-cloud-amd64", "cloud-init", "cloud-guest-utils", "grub-pc", "netplan.io", "openssh-server")
 

@@ -83,14 +83,17 @@ def config_text(values: dict[str, str] | None = None) -> str:
     )
 
 
-def kernel_image(version: str) -> bytes:
-    """The first sectors of a bzImage. Source: Linux Documentation/arch/x86/boot.rst."""
+def kernel_image(version: str, payload: bytes = b"") -> bytes:
+    """The first sectors of a bzImage, and what it unpacks. Source: Linux Documentation/arch/x86/boot.rst."""
     head = bytearray(2048)
+    head[0x1F1] = 3
     head[0x202:0x206] = b"HdrS"
+    struct.pack_into("<H", head, 0x206, 0x20F)
+    struct.pack_into("<II", head, 0x248, 0, len(payload))
     struct.pack_into("<H", head, 0x20E, 0x400)
     text = f"{version} (builder@host) #1 SMP\0".encode()
     head[0x600 : 0x600 + len(text)] = text
-    return bytes(head)
+    return bytes(head) + payload
 
 
 def initrd(version: str, modules: Sequence[str] = BOOT_MODULES, *, codec: str = "gzip", suffix: str = "") -> bytes:
