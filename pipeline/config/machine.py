@@ -196,6 +196,18 @@ class Machine:
         told = _text(self._root / "sys/block" / name / "queue/logical_block_size")
         return int(told) if told.isdigit() else None
 
+    def written_per_s(self, name: str) -> float | None:
+        """Bytes a second that were written to a disk since the machine was started; None where that is not told.
+
+        Source: Linux Documentation/admin-guide/abi-stable, sysfs-block "stat", field 7 (sectors of 512 bytes).
+        """
+        fields = _text(self._root / "sys/block" / name / "stat").split()
+        uptime = _text(self._root / "proc/uptime").partition(" ")[0]
+        try:
+            return int(fields[6]) * _SECTOR / float(uptime)
+        except (IndexError, ValueError, ZeroDivisionError):
+            return None
+
     def known_by_udev(self) -> dict[str, set[str]]:
         """What udev knows of all devices: UUID=..., LABEL=... and the like -> the whole disks below.
 

@@ -32,7 +32,7 @@ _NOT_HERE = re.compile(
     "autofs|binfmt_misc|bpf|ceph|cgroup2?|cifs|configfs|debugfs|devpts|devtmpfs|efivarfs|fuse.sshfs|glusterfs|hugetlbfs"
     "|mqueue|nfs4?|none|overlay|proc|pstore|ramfs|securityfs|smb3|swap|sysfs|tmpfs|tracefs"
 )
-_MARKS = ("/etc/os-release", "/usr/lib/os-release", "/sbin/init", "/usr/lib/systemd/systemd", "/bin/init")
+SYSTEM_MARKS = ("/etc/os-release", "/usr/lib/os-release", "/sbin/init", "/usr/lib/systemd/systemd", "/bin/init")
 _MENUS = ("grub/grub.cfg", "grub2/grub.cfg", "grub2/grubenv", "grub/grubenv", "extlinux/extlinux.conf", "syslinux.cfg")
 _MENU_ROOT = re.compile(
     rb"^[ \t]*(?:linux\w*|kernel|options|append|kernelopts)[ \t=].*?\broot=(\S+)(?:.*?\brootflags=(\S+))?", re.I | re.M
@@ -218,11 +218,11 @@ async def open_system(disk: DiskVolumes) -> DiskView:
     problems: list[str] = []
     found = [one for volume in disk.volumes for one in await _candidates(volume, problems)]
     if not found:
-        known = "; ".join(f"{one.title}: {one.problem or one.signature.kind}" for one in disk.volumes)
+        known = "; ".join(f"{one.title} ({one.problem or one.signature.kind})" for one in disk.volumes)
         raise FormatError(
             "no filesystem of this disk looks like the root of a system",
             operation="find the root filesystem",
-            hint=f"There is {known or 'no volume at all'}.",
+            hint=f"It has: {known or 'no volume at all'}.",
         )
     best = max(one.score for one in found)
     chosen = [one for one in found if one.score == best]
@@ -268,7 +268,7 @@ async def _candidates(volume: Volume, problems: list[str]) -> list[_Candidate]:
 async def _score(view: DiskView) -> int:
     """3: a table of filesystems and a system, 2: only the latter, 1: only the former with users; 0: no root."""
     has_table = await _exists(view, "/etc/fstab")
-    for mark in _MARKS:
+    for mark in SYSTEM_MARKS:
         if await _exists(view, mark):
             return 3 if has_table else 2
     return 1 if has_table and await _exists(view, "/etc/passwd") else 0

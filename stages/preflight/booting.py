@@ -11,7 +11,8 @@ from stages.preflight.subject import BIOS_BOOT, Subject
 from stages.preflight.texts import find_ignoring_case, read_text, texts_in, words_of
 from stages.preflight.volumes import Meaning
 
-_FALLBACKS = ("BOOTX64.EFI", "BOOTAA64.EFI", "BOOTIA32.EFI", "BOOTRISCV64.EFI")
+# What firmware of a virtual machine tries. One for 32-bit programs has 64 bits all the same.
+_FALLBACKS = {"aarch64": "BOOTAA64.EFI", "riscv64": "BOOTRISCV64.EFI", "": "BOOTAA64.EFI"}
 _RESUME_FILES = ("/etc/initramfs-tools/conf.d/resume", "/etc/initramfs-tools/conf.d/local")
 
 
@@ -72,14 +73,16 @@ async def check_fallback(subject: Subject, target: Target) -> AsyncIterator[Outc
             remedy="Mount it at /boot/efi and run: " + subject.distribution.install_fallback_loader,
         )
         return
-    for name in _FALLBACKS:
+    wanted = _FALLBACKS.get(subject.architecture, "BOOTX64.EFI")
+    for name in dict.fromkeys((wanted, *(("BOOTX64.EFI",) if not subject.architecture else ()))):
         found = await find_ignoring_case(subject.view, f"{subject.esp_folder}/EFI/BOOT/{name}")
         if found is not None:
             yield passed(f"the fallback loader is {found}", Evidence(found))
             return
     yield failed(
         "block",
-        "there is no fallback loader EFI/BOOT/BOOTX64.EFI: boot entries of the firmware do not travel with the disk",
+        f"there is no fallback loader EFI/BOOT/{wanted if subject.architecture else 'BOOTX64.EFI'}: boot entries of "
+        "the firmware do not travel with the disk",
         Evidence(f"{subject.esp_folder}/EFI/BOOT"),
         command=subject.distribution.install_fallback_loader,
     )
@@ -90,7 +93,7 @@ async def check_loader(subject: Subject, target: Target) -> AsyncIterator[Outcom
     code, menus = subject.boot_code, subject.menus
     if target.boot_mode == "bios":
         if code is None:
-            yield unknown(f"the disk could not be read: {subject.table_problem}", remedy="Run it as root.")
+            yield unknown(subject.table_problem, remedy=subject.table_remedy)
             return
         install = f"{subject.distribution.install_bios_loader} {plain(subject.device)}"
         if code.mbr == "none":

@@ -25,6 +25,8 @@ _STAGES = (
     ("cloud-config.service",),
     ("cloud-final.service",),
 )
+# Short names that are written on kernel lines.
+_SOURCES = {"nocloud": "NoCloud", "nocloud-net": "NoCloud", "configdrive": "ConfigDrive", "openstack": "OpenStack"}
 _GENERATORS = (
     "/lib/systemd/system-generators/cloud-init-generator",
     "/usr/lib/systemd/system-generators/cloud-init-generator",
@@ -133,6 +135,16 @@ async def check_enabled(subject: Subject, target: Target) -> AsyncIterator[Outco
     if await exists(view, disabled):
         good = False
         yield failed(severity, "cloud-init is switched off by a file", Evidence(disabled), command=f"rm {disabled}")
+    identify = await read_text(view, "/etc/cloud/ds-identify.cfg")
+    for number, line in identify.numbered():
+        if re.match(r"policy:\s*disabled\b", line):
+            good = False
+            yield failed(
+                severity,
+                "cloud-init is switched off by ds-identify's policy",
+                identify.at(number),
+                command=f"sed -i '{number}d' {identify.path}",
+            )
     for entry in subject.menus.entries:
         if entry.value("cloud-init") == "disabled":
             good = False
@@ -208,14 +220,19 @@ async def _wanted_units(subject: Subject, folder: str) -> list[str]:
 
 
 async def _datasources(subject: Subject) -> tuple[tuple[str, ...], Evidence] | None:
-    """The list that counts: the last file that has one."""
-    found: tuple[tuple[str, ...], Evidence] | None = None
+    """The list that counts: the kernel line's, that of ds-identify, else that of the last file that has one."""
+    for entry in subject.menus.entries[:1]:
+        for name in ("ci.ds", "ci.datasource", "ds"):
+            if value := entry.value(name):
+                return (_SOURCES.get(value.partition(";")[0].lower(), value.partition(";")[0]),), entry.where
+    found = _listed(await read_text(subject.view, "/etc/cloud/ds-identify.cfg"), "datasource")
+    if found is not None:
+        return found
     texts = [await read_text(subject.view, "/etc/cloud/cloud.cfg")]
     texts += await texts_in(subject.view, "/etc/cloud/cloud.cfg.d", ".cfg")
     for text in texts:
         found = _listed(text, "datasource_list") or found
-    identify = await read_text(subject.view, "/etc/cloud/ds-identify.cfg")
-    return found or _listed(identify, "datasource")
+    return found
 
 
 def _listed(text: Text, key: str) -> tuple[tuple[str, ...], Evidence] | None:
@@ -261,8 +278,19 @@ async def check_datasource(subject: Subject, target: Target) -> AsyncIterator[Ou
             "warn",
             f"cloud-init asks {', '.join(listed) or 'nothing'} only, and {target.profile.name} answers as {wanted}",
             where,
-            command=f"echo 'datasource_list: [{wanted}, None]' > /etc/cloud/cloud.cfg.d/99_datasource.cfg",
+            command=_name_source(subject, where, wanted),
         )
+
+
+def _name_source(subject: Subject, where: Evidence, wanted: str) -> str:
+    """The command that lets cloud-init ask a source."""
+    if where.file == "/etc/cloud/ds-identify.cfg":
+        return f"sed -i '{where.line}s/.*/datasource: {wanted}/' {where.file}"
+    if not where.file.startswith("/etc/cloud/"):  # the kernel line
+        change = r"s/ *\b\(ci\.ds\|ci\.datasource\|ds\)=[^ \"]*//"
+        return f"sed -i '{change}' /etc/default/grub && {subject.distribution.update_menu}"
+    folder = "/etc/cloud/cloud.cfg.d"
+    return f"mkdir -p {folder} && echo 'datasource_list: [{wanted}, None]' > {folder}/99_datasource.cfg"
 
 
 async def check_state(subject: Subject, target: Target) -> AsyncIterator[Outcome]:
@@ -331,9 +359,21 @@ async def check_state(subject: Subject, target: Target) -> AsyncIterator[Outcome
 async def _is_there(subject: Subject, path: str) -> str:
     try:
         await subject.view.stat(path, follow=False)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return ""
     return path
+
+
+_RESIZERS = {
+    **dict.fromkeys(("ext2", "ext3", "ext4"), ("/usr/sbin/resize2fs", "/sbin/resize2fs")),
+    "xfs": ("/usr/sbin/xfs_growfs", "/sbin/xfs_growfs"),
+    "btrfs": ("/usr/bin/btrfs", "/usr/sbin/btrfs", "/sbin/btrfs", "/bin/btrfs"),
+}
+_RESIZE_PACKAGES = {
+    **dict.fromkeys(("ext2", "ext3", "ext4"), "e2fsprogs"),
+    "xfs": "xfsprogs",
+    "btrfs": "btrfs-progs",
+}
 
 
 async def check_growth(subject: Subject, target: Target) -> AsyncIterator[Outcome]:
@@ -358,7 +398,15 @@ async def check_growth(subject: Subject, target: Target) -> AsyncIterator[Outcom
             "it: it can't grow",
             remedy="Put the root partition last before the export where disks should grow.",
         )
-    elif found:
+    tools = _RESIZERS.get(subject.root.kind, ()) if subject.root is not None else ()
+    if tools and not any([await exists(subject.view, path) for path in tools]):
+        yield failed(
+            "info",
+            f"{tools[0].rpartition('/')[2]} is not installed: the partition grows, the filesystem on it does not",
+            command=subject.distribution.install(_RESIZE_PACKAGES[subject.root.kind]) if subject.root else "",
+            remedy="Install the tools of the root filesystem.",
+        )
+    elif found and (last is None or subject.root is None or subject.root.number in (None, last.number)):
         yield passed("the root filesystem can grow with its disk")
 
 

@@ -9,12 +9,14 @@ CONFIG_VIRTIO_PCI out.
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from stages.preflight.findings import Evidence, Outcome, Severity, failed, passed, plain, skipped, unknown
 from stages.preflight.initramfs import module_name
 from stages.preflight.kernels import CONFIG_OF, Kernel, look_into, with_needs
+from stages.preflight.menus import version_key
 from stages.preflight.rules import Rule, Target
 from stages.preflight.subject import Subject
 from stages.preflight.texts import exists
@@ -55,14 +57,18 @@ def _tells(kernel: Kernel) -> bool:
     return bool(kernel.config) or kernel.builtin is not None or bool(kernel.modules)
 
 
-def _for_root(subject: Subject) -> tuple[str, ...]:
-    """Modules that the root filesystem needs besides the disk's driver."""
+def _for_root(subject: Subject) -> tuple[tuple[tuple[str, ...], ...], ...]:
+    """What the root filesystem needs besides the disk's driver: for each need its alternatives."""
     root = subject.root
     if root is None:
         return ()
-    found = ["ext4" if root.kind in ("ext2", "ext3") else root.kind] if root.kind in _ROOT_KINDS else []
+    found: list[tuple[tuple[str, ...], ...]] = []
+    if root.kind in ("ext2", "ext3"):
+        found.append((("ext4",), (root.kind,)))  # since 2.6.28 one driver mounts all three
+    elif root.kind in _ROOT_KINDS:
+        found.append(((root.kind,),))
     if root.inside == "lvm":
-        found.append("dm_mod")
+        found.append((("dm_mod",),))
     return tuple(found)
 
 
@@ -81,7 +87,8 @@ async def check_kernels(subject: Subject, target: Target) -> AsyncIterator[Outco
             "block",
             "no kernel was found in /boot or on the EFI system partition",
             Evidence("/boot"),
-            remedy="Export the whole system, with its /boot.",
+            remedy="Mount /boot where it is a partition of its own; else install a kernel"
+            + (f": {_another_kernel(subject)}" if _another_kernel(subject) else "."),
         )
         return
     for kernel in subject.kernels:
@@ -92,22 +99,23 @@ async def check_kernels(subject: Subject, target: Target) -> AsyncIterator[Outco
             )
             continue
         good = True
-        fallback: Severity
-        for purpose, wanted, fallback in (
-            ("disk", drivers.block, "block"),
-            ("network card", drivers.net, "block" if kernel.is_default else "warn"),
-            ("agent", tuple((one,) for one in drivers.extra), "warn"),
-        ):
-            for need in (
-                [_alternatives(kernel, wanted)]
-                if purpose != "agent"
-                else [_alternatives(kernel, [one]) for one in wanted]
-            ):
-                for module in need.lacking:
-                    good = False
-                    severity = fallback if kernel.is_default or purpose != "disk" else "warn"
-                    yield _missing(subject, target, kernel, module, purpose, severity)
-        for module in dict.fromkeys(_needed(kernel, subject, target)):
+        weight: Severity = "block" if kernel.is_default else "warn"
+        wanted: list[tuple[str, Severity, Sequence[Sequence[str]]]] = [
+            (f"the disk of {target.profile.name}", weight, drivers.block),
+            (f"the network card of {target.profile.name}", weight, drivers.net),
+            *((f"the agent of {target.profile.name}", "warn", [(one,)]) for one in drivers.extra),
+            *(("the root filesystem", weight, alternatives) for alternatives in _for_root(subject)),
+        ]
+        for purpose, severity, alternatives in wanted:
+            for module in _alternatives(kernel, alternatives).lacking:
+                good = False
+                yield _missing(subject, kernel, module, purpose, severity)
+        needed = [
+            *_needed(kernel, target),
+            *(m for ones in _for_root(subject) for m in _alternatives(kernel, ones).modules),
+        ]
+        kernel = await with_needs(subject.view, kernel, [module_name(one) for one in needed])
+        for module in dict.fromkeys(inner for one in needed for inner in kernel.closure(module_name(one))):
             path = kernel.modules.get(module)
             if (
                 path is not None
@@ -129,17 +137,22 @@ def _places(kernel: Kernel) -> tuple[Evidence, ...]:
     return kernel.config_at("CONFIG_VIRTIO_BLK") or ((kernel.entries[0].where,) if kernel.entries else ())
 
 
-def _needed(kernel: Kernel, subject: Subject, target: Target) -> list[str]:
+def _needed(kernel: Kernel, target: Target) -> list[str]:
     drivers = target.profile.drivers
     return [*_alternatives(kernel, drivers.block).modules, *_alternatives(kernel, drivers.net).modules]
 
 
-def _missing(
-    subject: Subject, target: Target, kernel: Kernel, module: str, purpose: str, severity: Severity
-) -> Outcome:
+def _missing(subject: Subject, kernel: Kernel, module: str, purpose: str, severity: Severity) -> Outcome:
     option = CONFIG_OF.get(module, "")
     value = kernel.config.get(option, "")
     where = kernel.config_at(option) if option in kernel.config_lines else ()
+    if not kernel.config and kernel.builtin is None:
+        return unknown(
+            f"whether {_default(kernel)} {kernel.title} has {module}, which {purpose} needs, can't be told: it is no "
+            "module, and nothing lists what is built in",
+            *((kernel.entries[0].where,) if kernel.entries else ()),
+            remedy=f"Put its configuration into /boot/config-{kernel.version}.",
+        )
     if value == "m":
         reason = f"{option}=m, and there is no {module}.ko below {kernel.folder or '/lib/modules'}"
     elif value == "n":
@@ -149,15 +162,21 @@ def _missing(
     else:
         reason = f"it is neither built in nor below {kernel.folder}"
         where = where or (Evidence(f"{kernel.folder}/modules.dep"),)
-    xen = " (a kernel for Xen guests only)" if "xen" in kernel.version.lower() else ""
+    kind = " (a kernel for Xen guests only)" if "xen" in kernel.version.lower() else ""
+    if module.startswith("virtio") and _is_too_old(kernel.version):
+        kind = " (older than 2.6.25, the first with virtio)"
     return failed(
         severity,
-        f"{_default(kernel)} {kernel.title}{xen} has no {module}, which the {purpose} of {target.profile.name} needs: "
-        f"{reason}",
+        f"{_default(kernel)} {kernel.title}{kind} has no {module}, which {purpose} needs: {reason}",
         *where,
         command=_another_kernel(subject),
         remedy="Install the distribution's own kernel.",
     )
+
+
+def _is_too_old(version: str) -> bool:
+    match = re.match(r"2\.6\.(\d+)", version)
+    return bool(match and int(match[1]) < 25) or version.startswith(("2.4.", "2.2."))
 
 
 def _another_kernel(subject: Subject) -> str:
@@ -186,7 +205,9 @@ async def check_initramfs(subject: Subject, target: Target) -> AsyncIterator[Out
             continue
         severity: Severity = "block" if kernel.is_default or len(subject.kernels) == 1 else "warn"
         drivers = _alternatives(kernel, target.profile.drivers.block).modules
-        on_the_way = [*drivers, *(one for one in _for_root(subject) if _has(kernel, one))]
+        # What the kernel lacks altogether is told by the rule about kernels.
+        for_root = [one for alternatives in _for_root(subject) for one in _alternatives(kernel, alternatives).modules]
+        on_the_way = [*drivers, *(one for one in for_root if _has(kernel, one))]
         kernel = await with_needs(subject.view, kernel, [module_name(one) for one in on_the_way])
         wanted = frozenset(
             one for module in on_the_way if not kernel.is_builtin(module) for one in kernel.closure(module)
@@ -227,6 +248,48 @@ async def check_initramfs(subject: Subject, target: Target) -> AsyncIterator[Out
                 where,
                 command=subject.distribution.add_to_initramfs(tuple(drivers), kernel.version),
             )
+
+
+async def check_default(subject: Subject, target: Target) -> AsyncIterator[Outcome]:
+    """Whether the kernel that starts by itself is the one that should."""
+    if not subject.kernels:
+        yield unknown("no kernel was found")
+        return
+    default = next((one for one in subject.kernels if one.is_default), None)
+    if default is None:
+        yield skipped("no boot menu says which kernel starts by itself")
+        return
+    where = default.entries[0].where if default.entries else Evidence(default.image)
+    wanted = (target.profile.drivers.block, target.profile.drivers.net)
+    fit = [one for one in subject.kernels if not any(_alternatives(one, ones).lacking for ones in wanted)]
+    better = max((one for one in fit if not _is_debug(one)), key=lambda one: version_key(one.version), default=None)
+    if better is None or better.version == default.version:
+        yield passed(f"{default.title} starts by itself", where)
+    elif default not in fit:
+        yield failed(
+            "warn",
+            f"{default.title} starts by itself and lacks drivers; {better.title} has them",
+            where,
+            remedy=_start_with(subject, better),
+        )
+    elif _is_debug(default):
+        yield failed("warn", f"a kernel for debugging starts by itself: {default.title}", where,
+                     remedy=_start_with(subject, better))  # fmt: skip
+    else:
+        yield failed("info", f"{default.title} starts by itself; {better.title} is newer", where,
+                     remedy=_start_with(subject, better))  # fmt: skip
+
+
+def _is_debug(kernel: Kernel) -> bool:
+    return re.search(r"\bdebug\b|\bdbg\b", kernel.version) is not None
+
+
+def _start_with(subject: Subject, kernel: Kernel) -> str:
+    """How one makes a kernel the default, in words: menus differ too much for one command."""
+    if subject.distribution.family == "rhel":
+        return f"grubby --set-default {kernel.image}"
+    title = next((one.title for one in kernel.entries if one.title), kernel.version)
+    return f'Make "{title}" the default of the boot menu (GRUB_DEFAULT in /etc/default/grub), or remove the other.'
 
 
 async def check_blacklist(subject: Subject, target: Target) -> AsyncIterator[Outcome]:
@@ -281,6 +344,15 @@ RULES = (
             "root filesystem comes too late. Every archive of the initramfs is walked through, whatever packed it."
         ),
         check=check_initramfs,
+    ),
+    Rule(
+        id="drv.virtio.default",
+        title="the best kernel starts by itself",
+        why=(
+            "A boot menu may start an older kernel, one for debugging or one without the drivers while a better one is "
+            "installed. The best one is the newest with the drivers of the target that is not made for debugging."
+        ),
+        check=check_default,
     ),
     Rule(
         id="drv.virtio.blacklist",

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -133,6 +134,13 @@ def unknown(message: str, *evidence: Evidence, remedy: str = "") -> Outcome:
     """It could not be told."""
     remedy = "" if _NOT_PLAIN in remedy else remedy
     return Outcome(status="unknown", severity="warn", message=message, remedy=remedy, evidence=evidence)
+
+
+def to_read_it() -> str:
+    """What to do where this process may not read something: being root already, it is held by more than permissions."""
+    if os.geteuid() == 0:
+        return "This process is root and may not all the same: run it outside of the container, or on an image."
+    return "Run it as root."
 
 
 def skipped(message: str) -> Outcome:

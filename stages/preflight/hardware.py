@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator
 
-from stages.preflight.findings import Evidence, Outcome, failed, passed, plain, skipped
+from stages.preflight.findings import Evidence, Outcome, failed, passed, plain, skipped, unknown
 from stages.preflight.rules import Rule, Target
 from stages.preflight.subject import Subject
 from stages.preflight.texts import Text, exists, names_in, read_text, texts_in
@@ -28,6 +28,8 @@ _DEVICE_FILES = (
 _DEVICE_FOLDERS = (
     ("/etc/default", ()),
     ("/etc/cron.d", ()),
+    ("/var/spool/cron", ()),
+    ("/var/spool/cron/crontabs", ()),
     ("/etc/systemd/system", (".service", ".mount", ".swap", ".timer", ".automount")),
 )
 _HITS_MAX = 20
@@ -76,6 +78,15 @@ async def check_video(subject: Subject, target: Target) -> AsyncIterator[Outcome
                     Evidence(f"{kernel.folder}/{path}"),
                     remedy="Uninstall the vendor's video driver.",
                 )
+    for entry in subject.menus.entries[:1]:
+        if entry.value("nomodeset") is not None:
+            found = True
+            yield failed(
+                "info",
+                "the kernel line has nomodeset, which some video card here may have asked for",
+                entry.where,
+                remedy="Remove it where the console over there stays dark.",
+            )
     if not found:
         yield passed(f"{becomes}; nothing here depends on the card")
 
@@ -223,7 +234,7 @@ async def check_nic(subject: Subject, target: Target) -> AsyncIterator[Outcome]:
                 bound.append(
                     failed(
                         "warn",
-                        "a connection is bound to the address of a card",
+                        "the network is set up for one card by its address",
                         text.at(number),
                         command=f"sed -i '{number}d' {plain(text.path)}",
                     )
@@ -353,6 +364,30 @@ def _any_card(family: str) -> str:
     return "nmcli connection add type ethernet con-name any ifname '*' ipv4.method auto"
 
 
+# Source: "Architectures" of each release's notes.
+_LEVELS = {("rhel", 9): "x86-64-v2", ("rhel", 10): "x86-64-v3", ("suse", 16): "x86-64-v2"}
+
+
+async def check_processor(subject: Subject, target: Target) -> AsyncIterator[Outcome]:
+    """Whether machines over there run its programs."""
+    taken = target.profile.hardware.processors
+    if not subject.architecture:
+        yield unknown("no program tells for which processor the system is")
+    elif taken and subject.architecture not in taken:
+        yield failed(
+            "block",
+            f"the system's programs are for {subject.architecture}; {target.profile.name} takes {', '.join(taken)}",
+            remedy="Choose another target, or install the system anew for that processor.",
+        )
+    else:
+        distribution = subject.distribution
+        major = distribution.version.partition(".")[0]
+        is_amazon = distribution.id == "amzn"
+        level = _LEVELS.get((distribution.family, int(major))) if major.isdigit() and not is_amazon else None
+        least = f"; choose a machine type with {level}" if level and subject.architecture == "x86_64" else ""
+        yield passed(f"its programs are for {subject.architecture}{least}")
+
+
 async def check_console(subject: Subject, target: Target) -> AsyncIterator[Outcome]:
     """Whether there is something to see where the cloud shows a console."""
     if not subject.menus.entries:
@@ -402,6 +437,15 @@ RULES = (
             "name of the old card leaves the machine without a network; static addresses belong to the old one."
         ),
         check=check_nic,
+    ),
+    Rule(
+        id="hw.cpu",
+        title="the processor over there runs its programs",
+        why=(
+            "The first program that is started says for which processor the system is. Some importers take 64-bit "
+            "systems only; newer distributions want processors of a level that old machine types lack."
+        ),
+        check=check_processor,
     ),
     Rule(
         id="hw.console",

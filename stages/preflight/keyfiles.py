@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from stages.disk.tree import Kind, Node
-from stages.preflight.findings import Evidence, Outcome, Severity, failed, passed, unknown
+from stages.preflight.findings import Evidence, Outcome, Severity, failed, passed, to_read_it, unknown
 from stages.preflight.rules import Rule, Target
 from stages.preflight.subject import Subject
 from stages.preflight.texts import read_text
@@ -66,7 +66,7 @@ async def check_shadow(subject: Subject, target: Target) -> AsyncIterator[Outcom
         yield unknown("whether /etc/shadow is immutable can't be told", where)
     text = await read_text(subject.view, _SHADOW)
     if text.problem:
-        yield unknown(f"/etc/shadow can't be read: {text.problem}", where, remedy="Run it as root.")
+        yield unknown(f"/etc/shadow can't be read: {text.problem}", where, remedy=to_read_it())
     elif not any(line.startswith("root:") for line in text.lines):
         yield failed("block", "/etc/shadow has no line for root", where, command="pwconv")
     else:
@@ -118,7 +118,8 @@ async def check_critical(subject: Subject, target: Target) -> AsyncIterator[Outc
             )
         if one.path in ("/etc/passwd",) and not node.size:
             yield failed("block", f"{one.path} is empty", where, remedy="Restore it from a backup.")
-    if not subject.distribution.id:
+    release = subject.distribution
+    if not release.id or not (release.file.endswith("/os-release") or release.predates_os_release):
         yield failed(
             "warn",
             "/etc/os-release does not say which distribution it is",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
-from stages.preflight.findings import Evidence, Outcome, failed, passed, skipped, unknown
+from stages.preflight.findings import Evidence, Outcome, failed, passed, skipped, to_read_it, unknown
 from stages.preflight.rules import Rule, Target
 from stages.preflight.subject import PSEUDO_KINDS, Subject, rooted
 
@@ -14,7 +14,7 @@ _NEEDED = ("/", "/boot", "/boot/efi", "/efi", "/home", "/usr", "/var", "/opt", "
 async def check_system(subject: Subject, target: Target) -> AsyncIterator[Outcome]:
     """Whether there is a system on the disk at all."""
     for problem in subject.problems:
-        yield unknown(f"a part of the system could not be read: {problem}", remedy="Run it as root.")
+        yield unknown(f"a part of the system could not be read: {problem}", remedy=to_read_it())
     if not subject.no_system:
         yield passed(f"the system is {subject.distribution.title or 'of a kind that does not name itself'}")
         return
@@ -23,7 +23,7 @@ async def check_system(subject: Subject, target: Target) -> AsyncIterator[Outcom
     if subject.volumes.opaque or any(one.kind in ("zfs_member", "f2fs", "jfs") for one in subject.volumes):
         yield unknown(told, remedy="Run the preflight on the live machine instead.")
     else:
-        yield failed("block", told, remedy='Export the disk that holds the system; for a data disk say kind = "data".')
+        yield failed("block", told, remedy=subject.no_system_remedy)
 
 
 async def check_closure(subject: Subject, target: Target) -> AsyncIterator[Outcome]:
@@ -62,7 +62,7 @@ async def check_closure(subject: Subject, target: Target) -> AsyncIterator[Outco
                 remedy="Export the disk that holds it, or move it here.",
             )
     if subject.table is None and subject.live is None:
-        yield unknown(f"the disk could not be read: {subject.table_problem}")
+        yield unknown(subject.table_problem, remedy=subject.table_remedy)
     elif not away:
         yield passed("the whole system lies on this disk")
 
@@ -73,7 +73,7 @@ async def check_cut(subject: Subject, target: Target) -> AsyncIterator[Outcome]:
         yield skipped("the whole disk is exported")
         return
     if subject.table is None:
-        yield unknown(f"the disk could not be read: {subject.table_problem}")
+        yield unknown(subject.table_problem, remedy=subject.table_remedy)
         return
     lost = 0
     needed = [one.meaning.volume for one in rooted(subject.fstab.entries) if one.meaning.volume is not None]

@@ -16,7 +16,7 @@ async def check_size(subject: Subject, target: Target) -> AsyncIterator[Outcome]
     profile = target.profile
     size = target.virtual_size if target.virtual_size is not None else subject.size
     if not size:
-        yield unknown("the size of the disk could not be told", remedy="Run it as root.")
+        yield unknown("the size of the disk could not be told", remedy=subject.table_remedy)
         return
     good = True
     shrink = "Cut behind the last partition that is needed (through = N), or shrink the filesystems."

@@ -11,17 +11,22 @@ from pathlib import Path
 
 from pipeline.config.machine import Machine
 from pipeline.config.options import without_secrets
-from pipeline.errors import FormatError, StoreError
+from pipeline.errors import FormatError, PlanError, StoreError
 from pipeline.flow.items import RangeReader
-from stages.decode.named import NamedImage, is_block_device, open_files
+from stages.decode.image import DecodedImage
+from stages.decode.named import AUTO, NamedImage, is_block_device, open_files
 from stages.disk.live import LiveView
 from stages.disk.paths import failure
 from stages.disk.tables import PartitionTable
 from stages.disk.tree import READ_LIMIT, Entry, Node, Space, View
-from stages.disk.view import open_system
+from stages.disk.view import SYSTEM_MARKS, open_system
 from stages.disk.volumes import open_volumes
+from stages.preflight.findings import to_read_it
 from stages.preflight.subject import LiveFacts, LiveMount, Subject, gather
 from stages.preflight.volumes import Volume, Volumes, known_volumes
+
+# How a refusal to open a disk ends, whoever told it.
+_REFUSED = (os.strerror(errno.EACCES), os.strerror(errno.EPERM))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +62,13 @@ async def open_subject(wanted: Wanted) -> AsyncIterator[Subject]:
         StoreError, FormatError: the image can't be read.
     """
     root = wanted.root
+    if root is None and wanted.place and os.path.isdir(wanted.place):
+        raise PlanError(
+            "this is a folder, neither a disk nor an image",
+            operation="preflight",
+            path=wanted.place,
+            hint=f"For the system below it: pipeline preflight --root {wanted.place} [DISK].",
+        )
     if root is None and (not wanted.place or is_of_this_machine(wanted.place)):
         root = Path("/")
     async with AsyncExitStack() as stack:
@@ -68,15 +80,17 @@ async def open_subject(wanted: Wanted) -> AsyncIterator[Subject]:
 
 async def _live(root: Path, wanted: Wanted, stack: AsyncExitStack) -> Subject:
     machine = Machine(root)
-    name, place, problem = "", wanted.place, ""
+    name, place, problem, remedy = "", wanted.place, "", ""
     if not place:
         system = machine.system_disk()
-        problem = system.reason
+        problem = f"the disk was not looked at: {system.reason}"
+        remedy = "Name it: pipeline preflight DISK."
         if system.disks:
             name, place = system.disks[0].name, system.disks[0].path
             if root != Path("/"):
                 # Its /sys names a disk of another machine, or of this one by another name: never opened unasked.
-                place, problem = "", "no disk was named beside --root"
+                place, problem = "", "the disk was not looked at: none was named beside --root"
+                remedy = f"Name it: pipeline preflight --root {root} DISK."
     elif is_block_device(place):
         name = Path(os.path.realpath(place)).name
     reader: RangeReader | None = None
@@ -89,7 +103,8 @@ async def _live(root: Path, wanted: Wanted, stack: AsyncExitStack) -> Subject:
             table = disk.table
             volumes = known_volumes(disk, disk_name=name)
         except (StoreError, FormatError) as error:
-            reader, problem = None, str(error)
+            reader, problem = None, f"{place} could not be opened: {error.message}"
+            remedy = to_read_it() if error.message.endswith(_REFUSED) else error.hint
             volumes = _named_by_udev(machine, name)
     ours = {name} if name else set()
     elsewhere = {spec: ", ".join(sorted(disks)) for spec, disks in machine.known_by_udev().items() if not disks & ours}
@@ -103,17 +118,37 @@ async def _live(root: Path, wanted: Wanted, stack: AsyncExitStack) -> Subject:
         )
         for one in machine.mounts()
     )
-    live = LiveFacts(firmware=machine.firmware, mounts=mounts, elsewhere=elsewhere, nics=tuple(machine.network_cards()))
+    live = LiveFacts(
+        firmware=machine.firmware,
+        mounts=mounts,
+        elsewhere=elsewhere,
+        nics=tuple(machine.network_cards()),
+        written_per_s=machine.written_per_s(name) if name else None,
+    )
+    view = LiveView(root)
     return await gather(
-        LiveView(root),
-        place=place or "this machine",
+        view,
+        no_system="" if root == Path("/") else await _why_no_system(view, root),
+        place=place or (f"the system below {root}" if root != Path("/") else "this machine"),
         reader=reader,
         table=table,
         volumes=volumes,
         table_problem=problem,
+        table_remedy=remedy,
         size=next((disk.size for disk in machine.disks() if disk.name == name), 0),
         live=live,
     )
+
+
+async def _why_no_system(view: LiveView, root: Path) -> str:
+    """Why a folder holds no system; empty where it does. What makes one is as `open_system` sees it."""
+    for mark in SYSTEM_MARKS:
+        try:
+            await view.stat(mark, follow=False)
+        except OSError:
+            continue
+        return ""
+    return f"below {root} there is neither an /etc/os-release nor an init"
 
 
 def _named_by_udev(machine: Machine, name: str) -> Volumes:
@@ -137,7 +172,7 @@ def _named_by_udev(machine: Machine, name: str) -> Volumes:
     return Volumes(found, disk_name=name, opaque=(f"/dev/{name}, which could not be opened",))
 
 
-async def _reader_of(wanted: Wanted, place: str, stack: AsyncExitStack) -> RangeReader:
+async def _reader_of(wanted: Wanted, place: str, stack: AsyncExitStack) -> DecodedImage:
     files = await stack.enter_async_context(
         open_files(NamedImage(place=place, format=wanted.format, endpoint=wanted.endpoint))
     )
@@ -153,6 +188,8 @@ async def _offline(wanted: Wanted, stack: AsyncExitStack) -> Subject:
         view = await open_system(disk)
     except FormatError as error:
         view, problem = NoFiles(), f"{error.message}. {error.hint}".rstrip()
+        if wanted.format == AUTO and reader.format == "raw" and disk.table.kind == "none":
+            problem += " It begins like no image format that is known here, and was taken for a raw disk."
     return await gather(
         view,
         place=without_secrets(wanted.place),

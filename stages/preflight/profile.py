@@ -63,6 +63,15 @@ class CommandLine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Filesystems:
+    """What may be on the disk."""
+
+    allow: tuple[str, ...] = option((), doc="Filesystems that the import can read; none: any.")
+    subvolumes: bool = option(True, doc="Whether btrfs may have its root in a subvolume.")
+    discouraged: tuple[str, ...] = option((), doc="What the vendor asks to leave out: swap, lvm2.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
     """What the machine over there looks like."""
 
@@ -70,6 +79,7 @@ class Hardware:
     nic: str = option("", doc="Name of the first network card.")
     nics: int = option(0, doc="How many network cards there are; 0 for any number.")
     video: str = option("", doc="The video card.")
+    processors: tuple[str, ...] = option((), doc="x86_64, x86, aarch64: what programs may be for; none: any.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +133,7 @@ class Profile:
     agents: Agents = Agents()
     command_line: CommandLine = CommandLine()
     hardware: Hardware = Hardware()
+    filesystems: Filesystems = Filesystems()
     severity: tuple[Weight, ...] = ()
     told_by: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     source: dict[str, Source] = dataclasses.field(default_factory=dict)

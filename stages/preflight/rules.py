@@ -13,7 +13,7 @@ from typing import Literal
 
 from pipeline.config.parse import suggest
 from pipeline.errors import ConfigError, Fault, FormatError
-from stages.preflight.findings import Finding, Outcome, passed, skipped, unknown, weighed
+from stages.preflight.findings import Finding, Outcome, passed, skipped, to_read_it, unknown, weighed
 from stages.preflight.profile import BootMode, Profile
 from stages.preflight.subject import Subject
 from stages.preflight.texts import why_unreadable
@@ -82,11 +82,13 @@ class Rule:
 def all_rules() -> tuple[Rule, ...]:
     """Every rule, in the order in which they are told: from the disk up to the cloud."""
     from stages.preflight import (
+        access,
         booting,
         cloudinit,
         devices,
         drivers,
         fstab,
+        hardening,
         hardware,
         keyfiles,
         layout,
@@ -107,7 +109,9 @@ def all_rules() -> tuple[Rule, ...]:
         drivers,
         software,
         cloudinit,
+        access,
         hardware,
+        hardening,
         layout,
         liveness,
         limits,
@@ -155,14 +159,14 @@ async def _ask(rule: Rule, subject: Subject, target: Target) -> AsyncIterator[Ou
         yield skipped("a data disk boots nothing")
         return
     if subject.no_system and rule.needs == "system":
-        yield skipped("no system was found on the disk: see layout.system")
+        yield skipped("no system was found: see layout.system")
         return
     try:
         async for one in rule.check(subject, target):
             yield one
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        hint = "Run it as root." if isinstance(error, PermissionError) else ""
+        hint = to_read_it() if isinstance(error, PermissionError) else ""
         yield unknown(f"it could not be told: {place}{why_unreadable(error)}", remedy=hint)
     except FormatError as error:
         yield unknown(f"it could not be told: the filesystem is damaged: {error.message}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from stages.preflight.findings import Evidence, Outcome, Severity, failed, passed, plain, unknown
 from stages.preflight.rules import Check, Rule, Target
 from stages.preflight.subject import Subject
-from stages.preflight.texts import exists, names_in, read_text
+from stages.preflight.texts import exists, names_in, read_text, texts_in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +26,8 @@ class _Tool:
         files: traces of an installation by hand.
         modules: shell patterns of kernel modules that are not part of the kernel, below /lib/modules/V.
         uninstall: a script that removes it, where there is one.
+        severity: of its packages and traces.
+        lines: of configuration that its drivers left: (file or folder of *.conf, regular expression, what it does).
     """
 
     title: str
@@ -34,7 +36,12 @@ class _Tool:
     modules: tuple[str, ...] = ()
     folders: tuple[str, ...] = ("misc", "extra", "updates", "updates/dkms", "weak-updates", "extra/vmware-tools")
     uninstall: str = ""
+    lines: tuple[tuple[str, str, str], ...] = ()
+    severity: Severity = "warn"
 
+
+_XEN_PV = r"(xennet|xen-vnif|xenblk|xen-vbd)"
+_LOADED = "drivers of Xen are loaded in place of those of the new hardware"
 
 _TOOLS = {
     "sw.vmware": _Tool(
@@ -55,6 +62,12 @@ _TOOLS = {
         packages=r"xe-guest-utilities.*|xenstore-utils|citrix-.*tools.*|xen-guest-agent|kmod-xenpv.*|xenserver-.*",
         files=("/usr/sbin/xe-daemon", "/usr/bin/xe-update-guest-attrs", "/etc/init.d/xe-linux-distribution"),
         modules=("xen-vbd.ko*", "xen-vnif.ko*", "xennet.ko*", "xenblk.ko*"),
+        lines=(
+            ("/etc/sysconfig/kernel", r"INITRD_MODULES=.*\b(xennet|xen-vnif|xenblk|xen-vbd)\b", _LOADED),
+            ("/etc/modprobe.d", rf"alias\s+\S+\s+{_XEN_PV}\b", _LOADED),
+            ("/etc/modprobe.conf", rf"alias\s+\S+\s+{_XEN_PV}\b", _LOADED),
+            ("/etc/inittab", r"[^#]*\b[hx]vc0\b", "a login is started on a console that only Xen has"),
+        ),
     ),
     "sw.virtualbox": _Tool(
         title="VirtualBox Guest Additions",
@@ -79,6 +92,20 @@ _TOOLS = {
         packages=r"hyperv-daemons|hypervkvpd|hypervvssd|hypervfcopyd|hyperv-tools|microsoft-hyper-v|kmod-microsoft-hyper-v|"
         r"linux-cloud-tools-.*",
         files=("/usr/sbin/hv_kvp_daemon", "/usr/sbin/hypervkvpd"),
+    ),
+    "sw.antivirus": _Tool(
+        title="virus scanners and intrusion detection",
+        packages=r"clamav-daemon|clamd|falcon-sensor|mdatp|SentinelAgent|sentinelagent|ds-agent|ds_agent|esets?|eea|"
+        r"sophos-.*|savinstpkg|McAfeeTP|ISecTP|MFEcma|symcpackage|sav|auditbeat|ossec-hids.*|wazuh-agent|samhain|aide",
+        files=(
+            "/opt/CrowdStrike/falconctl",
+            "/opt/sentinelone/bin/sentinelctl",
+            "/opt/sophos-av",
+            "/opt/ds_agent",
+            "/opt/microsoft/mdatp",
+            "/var/ossec/bin/ossec-control",
+        ),
+        severity="info",
     ),
 }
 
@@ -122,7 +149,7 @@ async def _look(subject: Subject, target: Target, id: str, tool: _Tool) -> Async
         found = True
         names = tuple(one.name for one in packages)
         version = packages[0].version
-        severity: Severity = "warn"
+        severity = tool.severity
         if wanted_there or (id == "sw.vmware" and _is_part_of_ubuntu(subject)):
             severity = "info"
         yield failed(
@@ -152,13 +179,25 @@ async def _look(subject: Subject, target: Target, id: str, tool: _Tool) -> Async
                 found = True
                 script = await _uninstall(subject, tool)
                 yield failed(
-                    "warn",
+                    tool.severity,
                     f"{tool.title} were installed by hand: {path}",
                     Evidence(path),
                     command=script,
                     remedy=f"Run the uninstaller of {tool.title}.",
                 )
                 break
+    for path, pattern, what in tool.lines:
+        folder = path.endswith(".d")
+        for text in await texts_in(subject.view, path, ".conf") if folder else (await read_text(subject.view, path),):
+            for number, line in text.numbered():
+                if re.match(pattern, line):
+                    found = True
+                    yield failed(
+                        "warn",
+                        what,
+                        text.at(number),
+                        command=f"sed -i '{number}s/^/# /' {plain(text.path)}",
+                    )
     if found:
         return
     if subject.packages.problem:
@@ -223,12 +262,20 @@ async def check_agents(subject: Subject, target: Target) -> AsyncIterator[Outcom
         yield passed("no agent of another cloud was found")
 
 
+_WHY = {
+    "sw.antivirus": (
+        "Scanners and intrusion detection stop what an import and a first boot do to a system, and bring modules for "
+        "one kernel only. AWS asks to switch them off before an import."
+    )
+}
+
 RULES = (
     *(
         Rule(
             id=id,
             title=f"no {tool.title}",
-            why=(
+            why=_WHY.get(id)
+            or (
                 f"{tool.title} bring drivers and services that look for their own hypervisor; drivers that are not "
                 "part of the kernel can take the place of its own or stop the boot. Packages, traces in the file "
                 "system and modules outside of the kernel's own tree are looked for. The guide: uninstall them."

@@ -16,7 +16,7 @@ from stages.preflight.kernels import Blacklist, Kernel, find_blacklist, find_ker
 from stages.preflight.menus import BootMenus, find_menus
 from stages.preflight.packages import Packages, find_packages
 from stages.preflight.profile import BootMode
-from stages.preflight.system import Distribution, find_distribution
+from stages.preflight.system import Distribution, find_architecture, find_distribution
 from stages.preflight.texts import Text, find_ignoring_case, is_folder, read_text, why_unreadable
 from stages.preflight.volumes import Meaning, Volume, Volumes
 
@@ -25,6 +25,8 @@ T = TypeVar("T")
 ESP = ("c12a7328-f81f-11d2-ba4b-00a0c93ec93b", "0xef")
 BIOS_BOOT = "21686148-6449-6e6f-744e-656564454649"
 ESP_FOLDERS = ("/boot/efi", "/efi", "/boot")
+
+DATA_DISK = 'For a data disk: --kind data here, kind = "data" in [target] of a run.'
 
 NETWORK_KINDS = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "ceph", "glusterfs", "fuse.glusterfs", "fuse.sshfs", "9p", "lustre",
@@ -120,12 +122,14 @@ class LiveFacts:
         firmware: how it was started.
         elsewhere: what is on other disks: UUID=..., LABEL=... or a device path -> the disk's kernel name.
         nics: network cards that are hardware.
+        written_per_s: bytes that were written to the disk a second, since the machine was started; None: not told.
     """
 
     firmware: BootMode
     mounts: tuple[LiveMount, ...] = ()
     elsewhere: Mapping[str, str] = field(default_factory=dict)
     nics: tuple[str, ...] = ()
+    written_per_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,10 +139,11 @@ class Subject:
     Attributes:
         place: the disk or image as the user named it.
         size: of the disk in bytes; 0 where it could not be opened.
-        table: None where the disk could not be opened; then `table_problem` says why.
+        table: None where the disk could not be opened; then `table_problem` says why, `table_remedy` what to do.
+        architecture: of its programs: x86_64, aarch64 ...; empty where none tells.
         root: the filesystem that / is; None where it could not be told.
         problems: what could not be read while the facts were gathered.
-        no_system: why no system was found on the disk; empty where one was.
+        no_system: why no system was found; empty where one was.
         live: None for an image.
     """
 
@@ -150,6 +155,7 @@ class Subject:
     volumes: Volumes
     boot_code: BootCode | None
     distribution: Distribution
+    architecture: str
     fstab: Fstab
     menus: BootMenus
     kernels: tuple[Kernel, ...]
@@ -160,6 +166,7 @@ class Subject:
     problems: Sequence[str] = ()
     no_system: str = ""
     live: LiveFacts | None = None
+    table_remedy: str = ""
 
     @property
     def is_live(self) -> bool:
@@ -170,6 +177,13 @@ class Subject:
     def device(self) -> str:
         """The disk as a command on that system names it; a placeholder for an image."""
         return self.place if self.place.startswith("/dev/") else "DISK"
+
+    @property
+    def no_system_remedy(self) -> str:
+        """What to do where no system was found."""
+        if self.live is not None:
+            return "Name the folder where the root filesystem is mounted: --root FOLDER."
+        return f"Name the disk that holds the system. {DATA_DISK}"
 
     @property
     def has_esp(self) -> bool:
@@ -251,6 +265,7 @@ async def gather(
     table: PartitionTable | None,
     volumes: Volumes,
     table_problem: str = "",
+    table_remedy: str = "",
     size: int = 0,
     no_system: str = "",
     live: LiveFacts | None = None,
@@ -287,6 +302,7 @@ async def gather(
         volumes=volumes,
         boot_code=await find_boot_code(reader, table) if reader is not None and table is not None else None,
         distribution=await told(find_distribution(view), Distribution()),
+        architecture=await told(find_architecture(view), ""),
         fstab=fstab,
         menus=menus,
         kernels=tuple(await told(find_kernels(view, menus), [])),
@@ -297,6 +313,7 @@ async def gather(
         problems=problems,
         no_system=no_system,
         live=live,
+        table_remedy=table_remedy,
     )
 
 

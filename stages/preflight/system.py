@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+import struct
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,6 +49,7 @@ class Distribution:
     Attributes:
         has_dracut: whether its initramfs is made by dracut.
         file: where it was read.
+        predates_os_release: whether it is so old that it has no os-release file.
     """
 
     id: str = ""
@@ -55,6 +58,7 @@ class Distribution:
     family: Family = "other"
     has_dracut: bool = False
     file: str = "/etc/os-release"
+    predates_os_release: bool = False
 
     def install(self, *packages: str) -> str:
         """The command that installs packages."""
@@ -141,6 +145,31 @@ _CLEAN = {
 }
 
 
+# Source: ELF, "ELF Header", e_machine.
+_MACHINES = {3: "x86", 62: "x86_64", 183: "aarch64", 40: "arm", 243: "riscv64", 21: "ppc64", 22: "s390x"}
+_PROGRAMS = (
+    "/sbin/init",
+    "/usr/lib/systemd/systemd",
+    "/lib/systemd/systemd",
+    "/bin/busybox",
+    "/bin/sh",
+    "/usr/bin/env",
+)
+
+
+async def find_architecture(view: View) -> str:
+    """What processor the programs of a system are for, by the first one that is started; empty where none tells."""
+    for path in _PROGRAMS:
+        try:
+            head = await view.read_at(path, 0, 20)
+        except OSError:
+            continue
+        if len(head) == 20 and head[:4] == b"\x7fELF":
+            machine = struct.unpack_from("<H" if head[5] == 1 else ">H", head, 18)[0]
+            return _MACHINES.get(machine, f"machine {machine}")
+    return ""
+
+
 async def find_distribution(view: View) -> Distribution:
     """Which distribution it is; one without an id where nothing says so.
 
@@ -164,5 +193,36 @@ async def find_distribution(view: View) -> Distribution:
             family=family,
             has_dracut=dracut,
             file=path,
+        )
+    return await _by_release_file(view)
+
+
+# What distributions wrote before there was os-release, and still write: RHEL 6, Debian 6, SLES 11 have nothing else.
+_RELEASE_FILES: tuple[tuple[str, str, Family, int], ...] = (
+    ("/etc/redhat-release", "", "rhel", 7),
+    ("/etc/SuSE-release", "", "suse", 12),
+    ("/etc/alpine-release", "Alpine ", "alpine", 3),
+    ("/etc/debian_version", "Debian ", "debian", 7),
+    ("/etc/arch-release", "Arch Linux", "arch", 0),
+)
+
+
+async def _by_release_file(view: View) -> Distribution:
+    """A distribution by the file that it wrote before there was os-release."""
+    for path, before, family, since in _RELEASE_FILES:
+        text = await read_text(view, path)
+        if text.problem or not text.exists:
+            continue
+        title = (before + next((line for _, line in text.numbered()), "")).strip()
+        version = re.search(r"\d[\d.]*", title)
+        name = re.match(r"[A-Za-z]+", title)
+        return Distribution(
+            id=name[0].lower() if name else family,
+            version=version[0] if version else "",
+            title=title,
+            family=family,
+            has_dracut=await exists(view, "/sbin/dracut"),
+            file=path,
+            predates_os_release=version is not None and int(version[0].partition(".")[0][:4]) < since,
         )
     return Distribution()

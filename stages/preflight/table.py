@@ -6,14 +6,14 @@ from collections.abc import AsyncIterator
 
 from stages.preflight.findings import Outcome, failed, passed, plain, skipped, unknown
 from stages.preflight.rules import Rule, Target
-from stages.preflight.subject import Subject
+from stages.preflight.subject import DATA_DISK, Subject
 
 _TITLES = {"mbr": "MBR", "gpt": "GPT", "hybrid": "hybrid", "none": "no partition table", "protective": "damaged GPT"}
 
 
 def _closed(subject: Subject) -> Outcome | None:
     if subject.table is None:
-        return unknown(f"the disk could not be read: {subject.table_problem}", remedy="Run it as root.")
+        return unknown(subject.table_problem, remedy=subject.table_remedy)
     return None
 
 
@@ -33,7 +33,7 @@ async def check_table(subject: Subject, target: Target) -> AsyncIterator[Outcome
         yield failed(
             "block",
             f"{subject.place} has no partition table: nothing can boot from it",
-            remedy='Export the whole disk, not a partition of it; for a data disk say kind = "data".',
+            remedy=f"Name the whole disk, not a partition of it. {DATA_DISK}",
         )
     elif table.kind == "protective":
         yield failed(

@@ -139,11 +139,13 @@ def _store_error(error: OSError, operation: str, path: Path, offset: int | None 
     hints = {
         errno.ENOENT: "Check the path; a relative one starts at the current folder.",
         errno.EACCES: "Read it as a user who may, or change its permissions.",
+        errno.EPERM: "Something beyond permissions forbids it (a container?): read it where the machine itself may.",
         errno.EIO: "The medium or the share failed; look at the kernel's log (dmesg).",
         errno.ESTALE: "The network share went away; mount it again.",
     }
+    what = "the device" if path.is_relative_to("/dev") else "the image file"
     return StoreError(
-        f"the image file could not be read: {os.strerror(error.errno or 0)}",
+        f"{what} could not be read: {os.strerror(error.errno or 0)}",
         operation=operation,
         hint=hints.get(error.errno or 0, ""),
         path=path,

@@ -113,6 +113,7 @@ async def subject_of(
         reader=None if unreadable else reader,
         table=None if unreadable else table,
         table_problem=unreadable,
+        table_remedy="Run it as root." if unreadable else "",
         volumes=Volumes([volume(1)] if volumes is None else list(volumes), disk_name=disk_name, opaque=opaque),
         live=live,
         no_system=no_system,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sqlite3
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 
 from tests.preflight.disks import BOOT_UUID, ROOT_UUID
 from tests.preflight.initrds import cpio, packed
@@ -102,6 +103,12 @@ def initrd(version: str, modules: Sequence[str] = BOOT_MODULES, *, codec: str = 
     return packed(cpio(["init", "usr/lib", *names]), codec)
 
 
+def program(machine: int = 62) -> Made:
+    """The head of a program for a processor: 62 is x86_64, 3 x86, 183 aarch64."""
+    head = b"\x7fELF\2\1\1" + bytes(9) + struct.pack("<HH", 2, machine)
+    return replace(with_mode("", 0o755), content=head)
+
+
 KEY_FILES: dict[str, Content] = {
     "/etc/passwd": "root:x:0:0:root:/root:/bin/sh\n",
     "/etc/group": "root:x:0:\n",
@@ -110,7 +117,14 @@ KEY_FILES: dict[str, Content] = {
     "/etc/sudoers": with_mode("root ALL=(ALL) ALL\n", 0o440),
     "/etc/issue": "Linux\n",
     "/etc/machine-id": "",
+    "/sbin/init": program(),
+    "/sbin/dhclient": program(),
+    "/usr/sbin/sshd": program(),
+    "/usr/sbin/resize2fs": program(),
+    "/usr/sbin/xfs_growfs": program(),
+    "/usr/sbin/btrfs": program(),
 }
+SSH = "/etc/systemd/system/multi-user.target.wants"
 
 _STAGES = ("cloud-init-local", "cloud-init", "cloud-config", "cloud-final")
 CLOUD_INIT: dict[str, Content] = {
@@ -177,6 +191,7 @@ def debian_files() -> dict[str, Content]:
         f"/boot/config-{version}": config_text(),
         "/var/lib/dpkg/status": dpkg_status(),
         "/etc/network/interfaces": "auto lo\niface lo inet loopback\n",
+        f"{SSH}/ssh.service": link("/lib/systemd/system/ssh.service"),
     }
 
 
@@ -213,6 +228,7 @@ def rhel_files() -> dict[str, Content]:
         "/etc/os-release": 'NAME="Rocky Linux"\nID="rocky"\nID_LIKE="rhel centos fedora"\nVERSION_ID="9.3"\n'
         'PRETTY_NAME="Rocky Linux 9.3 (Blue Onyx)"\n',
         "/usr/bin/dracut": with_mode("#!/bin/bash\n", 0o755),
+        f"{SSH}/sshd.service": link("/usr/lib/systemd/system/sshd.service"),
         "/var/lib/rpm/rpmdb.sqlite": rpm_database("bash", "cloud-init", "dracut"),
         "/etc/fstab": f"/dev/mapper/rl-root / xfs defaults 0 0\nUUID={BOOT_UUID} /boot xfs defaults 0 0\n",
         "/boot/grub2/grub.cfg": with_mode('set default="${saved_entry}"\ninsmod blscfg\nblscfg\n', 0o600),
@@ -240,6 +256,7 @@ def suse_files() -> dict[str, Content]:
         "/etc/os-release": 'NAME="SLES"\nID="sles"\nID_LIKE="suse"\nVERSION_ID="15.5"\n'
         'PRETTY_NAME="SUSE Linux Enterprise Server 15 SP5"\n',
         "/usr/bin/dracut": with_mode("#!/bin/bash\n", 0o755),
+        f"{SSH}/sshd.service": link("/usr/lib/systemd/system/sshd.service"),
         "/usr/lib/sysimage/rpm/rpmdb.sqlite": rpm_database("bash", "cloud-init", "wicked"),
         "/etc/fstab": f"UUID={ROOT_UUID} / btrfs defaults 0 0\nUUID={ROOT_UUID} /home btrfs subvol=/@/home 0 0\n",
         "/boot/grub2/grub.cfg": with_mode(grub_cfg(version).replace("/boot/initrd.img-", "/boot/initrd-"), 0o600),
@@ -273,6 +290,7 @@ def alpine_files() -> dict[str, Content]:
         "/etc/runlevels/default/cloud-init": link("/etc/init.d/cloud-init"),
         "/etc/init.d/cloud-init-local": "",
         "/etc/init.d/cloud-init": "",
+        "/etc/runlevels/default/sshd": link("/etc/init.d/sshd"),
     }
 
 
@@ -299,6 +317,7 @@ def arch_files(*, modules: Sequence[str] = BOOT_MODULES) -> dict[str, Content]:
         "/etc/fstab": f"UUID={ROOT_UUID} / ext4 rw,relatime 0 1\nUUID=ABCD-1234 /efi vfat rw 0 2\n",
         "/efi/EFI/Linux/arch-linux.efi": image,
         "/efi/EFI/BOOT/BOOTX64.EFI": b"MZ",
+        f"{SSH}/sshd.service": link("/usr/lib/systemd/system/sshd.service"),
         "/var/lib/pacman/local/linux-6.7.4.arch1-1/desc": "",
         "/var/lib/pacman/local/cloud-init-23.4-1/desc": "",
     }

@@ -72,9 +72,7 @@ def without_lists(changes: dict[str, Content]) -> dict[str, Content]:
 
 @pytest.mark.parametrize("value, status", [("y", "pass"), ("n", "fail")])
 async def test_the_configuration_in_the_image_decides_and_its_line_is_told(value: str, status: str) -> None:
-    config = config_text(
-        dict.fromkeys(("VIRTIO", "VIRTIO_PCI", "VIRTIO_NET", "EXT4_FS"), "y") | {"VIRTIO_BLK": value}
-    )
+    config = config_text(dict.fromkeys(("VIRTIO", "VIRTIO_PCI", "VIRTIO_NET", "EXT4_FS"), "y") | {"VIRTIO_BLK": value})
     image = kernel_image(DEBIAN_KERNEL, gzip.compress(kernel_proper(config)))
     subject = await subject_of(MadeView(without_lists({IMAGE: image})))
     (found,) = await findings_of(subject, target_of(subject), "drv.virtio.kernel")

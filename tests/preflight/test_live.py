@@ -70,7 +70,7 @@ async def look(host: Host, place: str = "") -> dict[str, list[Finding]]:
 async def test_a_disk_that_was_not_named_is_never_opened_below_another_root(host: Host) -> None:
     found = await look(host)
     assert found["disk.table"][0].status == "unknown"
-    assert "no disk was named" in found["disk.table"][0].message
+    assert "none was named beside --root" in found["disk.table"][0].message
     assert found["live.risk"][0].status == "fail"
     assert "/ mounted read-write" in found["live.risk"][0].message
 

@@ -35,7 +35,7 @@ _WITH_COMMANDS = (
 
 def first_part(command: str) -> str:
     """The command without what makes menus and initramfs again."""
-    return command.split(" && ")[0]
+    return command.removeprefix("mkdir -p /etc/cloud/cloud.cfg.d && ").split(" && ")[0]
 
 
 def below(command: str, tree: Path) -> str:

@@ -128,6 +128,28 @@ BUILTIN = {
 }
 NO_MODULES: dict[str, Content] = {f"/lib/modules/{DEBIAN_KERNEL}": None}
 
+
+def two_kernels(second: str, first: str = DEBIAN_KERNEL) -> dict[str, Content]:
+    """A Debian that starts `first` and has `second` installed too."""
+    files: dict[str, Content] = {CFG: with_mode(grub_cfg(first) + grub_cfg(second), 0o444)}
+    for version in (first, second):
+        files |= kernel_files(version)
+        files[f"/boot/vmlinuz-{version}"] = systems.kernel_image(version)
+        files[f"/boot/initrd.img-{version}"] = initrd(version)
+        files[f"/boot/config-{version}"] = systems.config_text()
+    return files
+
+
+def old_kernel(version: str) -> dict[str, Content]:
+    """A kernel from before there was virtio."""
+    files = two_kernels(version, version) | kernel_files(
+        version, missing=[one for one in systems.VIRTIO if "virt" in one]
+    )
+    names = ("VIRTIO", "VIRTIO_PCI", "VIRTIO_BLK", "VIRTIO_NET")
+    files[f"/boot/config-{version}"] = systems.config_text(dict.fromkeys(names, "n"))
+    return files
+
+
 CASES = [
     # The table
     passes("disk.table", "uses MBR, which tencent takes"),
@@ -493,7 +515,7 @@ CASES = [
     passes(
         "drv.virtio.kernel",
         "has what tencent needs",
-        files={**config(VIRTIO="y", VIRTIO_PCI="y", VIRTIO_BLK="y", VIRTIO_NET="y"), **NO_MODULES},
+        files={**config(VIRTIO="y", VIRTIO_PCI="y", VIRTIO_BLK="y", VIRTIO_NET="y", EXT4_FS="y"), **NO_MODULES},
     ),
     fails(
         "drv.virtio.kernel",
@@ -947,6 +969,276 @@ CASES = [
     passes("out.name", "is a name", target={"name": "web01"}),
     fails("out.name", "block", "names of 60 characters", target={"name": "x" * 61}),
     fails("out.name", "block", "does not take the name", target={"name": "Web_01"}, profile="gcp"),
+    # What other preflights look at beyond the guide
+    passes("drv.virtio.default", "starts by itself"),
+    fails(
+        "drv.virtio.default",
+        "info",
+        "6.1.0-20-amd64 is newer",
+        f"{CFG}:4",
+        files=two_kernels("6.1.0-20-amd64"),
+    ),
+    fails("drv.virtio.default", "warn", "for debugging", files=two_kernels("6.1.0-12-amd64", first="6.1.0-13-debug")),
+    fails(
+        "drv.virtio.default",
+        "warn",
+        "lacks drivers; 6.1.0-12-amd64 has them",
+        files={
+            **two_kernels("6.1.0-12-amd64"),
+            **NO_MODULES,
+            **config(VIRTIO_BLK="n"),
+        },
+    ),
+    passes("drv.virtio.default", "starts by itself", files=two_kernels("6.1.0-12-amd64")),
+    fails(
+        "drv.virtio.kernel",
+        "block",
+        "has no btrfs, which the root filesystem needs: CONFIG_BTRFS_FS is not set",
+        files={**config(BTRFS_FS="n"), **NO_MODULES, **kernel_files(DEBIAN_KERNEL, missing=("btrfs",))},
+        disk={"volumes": [volume(1, "btrfs")]},
+    ),
+    passes("drv.virtio.kernel", "has what", disk={"volumes": [volume(1, "ext3")]}),
+    fails(
+        "drv.virtio.kernel",
+        "block",
+        "kernel/drivers/failover.ko is listed in modules.dep and not there",
+        files={f"/lib/modules/{DEBIAN_KERNEL}/kernel/drivers/failover.ko": None},
+    ),
+    unknown(
+        "drv.virtio.kernel",
+        "virtio_blk, which the disk of tencent needs, can't be told",
+        files={
+            f"/boot/config-{DEBIAN_KERNEL}": None,
+            **kernel_files(DEBIAN_KERNEL, missing=("virtio_blk",)),
+            f"/lib/modules/{DEBIAN_KERNEL}/modules.builtin": None,
+        },
+    ),
+    fails("drv.virtio.kernel", "block", "older than 2.6.25", files=old_kernel("2.6.18-194.el5")),
+    skips("fs.kind", "asks for no filesystems"),
+    passes("fs.kind", "takes the filesystems", profile="aws-import"),
+    fails(
+        "fs.kind",
+        "block",
+        "/ is f2fs; aws-import reads",
+        "/etc/fstab:2",
+        profile="aws-import",
+        disk={"volumes": [volume(1, "f2fs")]},
+    ),
+    fails(
+        "fs.kind",
+        "block",
+        "subvolume",
+        "/etc/fstab:1",
+        profile="aws-import",
+        files={"/etc/fstab": f"UUID={ROOT_UUID} / btrfs subvol=@ 0 0\n"},
+        disk={"volumes": [volume(1, "btrfs")]},
+    ),
+    fails(
+        "fs.kind",
+        "warn",
+        "/dev/sda2 is swap space, which azure asks to leave out",
+        profile="azure",
+        disk={"volumes": [volume(1), volume(2, "swap", SWAP_UUID)]},
+    ),
+    passes("fs.uuid", "1 filesystems have UUIDs of their own"),
+    fails(
+        "fs.uuid",
+        "block",
+        "/dev/sda1 and /dev/sda2 have the same UUID",
+        "/etc/fstab:2",
+        disk={"volumes": [volume(1), volume(2)]},
+        remedy="tune2fs -U random /dev/sda2",
+    ),
+    fails("fs.uuid", "warn", "the same UUID", disk={"volumes": [volume(1), volume(2, uuid="a"), volume(3, uuid="A")]}),
+    passes("fs.uuid", "0 filesystems", disk={"volumes": [volume(1, "btrfs"), volume(2, "btrfs")]}),
+    fails(
+        "fs.free",
+        "warn",
+        "/srv: 5 MiB free (10 MiB at least)",
+        "/srv",
+        space={"free": 5 * MiB},
+        files={**fstab(f"UUID={BOOT_UUID} /srv ext4 rw 0 2"), "/srv": folder()},
+        disk={"volumes": [volume(1), volume(2, "ext4", BOOT_UUID)]},
+    ),
+    passes("sw.antivirus", "no virus scanners"),
+    fails(
+        "sw.antivirus", "info", "clamav-daemon", files={"/var/lib/dpkg/status": systems.dpkg_status("clamav-daemon")}
+    ),
+    fails(
+        "sw.antivirus",
+        "warn",
+        "/opt/CrowdStrike/falconctl",
+        profile="aws-import",
+        files={"/opt/CrowdStrike/falconctl": ""},
+    ),
+    fails(
+        "sw.xen",
+        "warn",
+        "drivers of Xen are loaded",
+        "/etc/modprobe.d/xen.conf:1",
+        files={"/etc/modprobe.d/xen.conf": "alias eth0 xennet\nalias scsi_hostadapter xenblk\n"},
+        remedy="sed -i '1s/^/# /' /etc/modprobe.d/xen.conf",
+    ),
+    fails(
+        "sw.xen",
+        "warn",
+        "console that only Xen has",
+        "/etc/inittab:2",
+        files={"/etc/inittab": "# consoles\nco:2345:respawn:/sbin/agetty hvc0 9600 vt100\n"},
+    ),
+    fails(
+        "sw.xen",
+        "warn",
+        "drivers of Xen are loaded",
+        "/etc/sysconfig/kernel:1",
+        system=systems.suse_files,
+        files={"/etc/sysconfig/kernel": 'INITRD_MODULES="xenblk ext3"\n'},
+    ),
+    passes("access.ssh", "runs at boot", "/usr/sbin/sshd"),
+    passes("access.ssh", "runs at boot", system=systems.alpine_files),
+    fails(
+        "access.ssh",
+        "warn",
+        "no SSH server is installed",
+        files={"/usr/sbin/sshd": None},
+        remedy="apt-get install -y openssh-server",
+    ),
+    fails(
+        "access.ssh",
+        "warn",
+        "does not run at boot",
+        files={f"{systems.SSH}/ssh.service": None},
+        remedy="systemctl enable ssh",
+    ),
+    fails("access.ssh", "warn", "does not run", files={"/etc/systemd/system/ssh.service": link("/dev/null")}),
+    fails(
+        "access.ssh",
+        "warn",
+        "switched off by a file",
+        "/etc/ssh/sshd_not_to_be_run",
+        files={"/etc/ssh/sshd_not_to_be_run": ""},
+        remedy="rm /etc/ssh/sshd_not_to_be_run",
+    ),
+    passes("access.login", "the agent gives one at first boot"),
+    fails("access.login", "warn", "root's password is locked", "/etc/shadow", files={"/usr/bin/cloud-init": None}),
+    passes(
+        "access.login",
+        "may log in: root by key",
+        files={"/usr/bin/cloud-init": None, "/root/.ssh/authorized_keys": "ssh-ed25519 AAAA me\n"},
+    ),
+    passes(
+        "access.login",
+        "may log in: root by password",
+        files={"/usr/bin/cloud-init": None, "/etc/shadow": with_mode("root:$6$salt$hash:19000::::::\n", 0o640)},
+    ),
+    unknown(
+        "access.login",
+        "permission denied",
+        files={"/usr/bin/cloud-init": None, "/root/.ssh/authorized_keys": Made(fails=errno.EACCES)},
+    ),
+    passes("access.dhcp", "dhclient", "/sbin/dhclient"),
+    fails(
+        "access.dhcp",
+        "warn",
+        "no DHCP client",
+        files={"/sbin/dhclient": None},
+        remedy="apt-get install -y isc-dhcp-client",
+    ),
+    passes("hw.cpu", "for x86_64"),
+    passes("hw.cpu", "x86-64-v2", system=systems.rhel_files),
+    fails(
+        "hw.cpu",
+        "block",
+        "programs are for x86; aws-import takes x86_64",
+        profile="aws-import",
+        files={"/sbin/init": systems.program(3)},
+    ),
+    unknown("hw.cpu", "no program tells", files={"/sbin/init": None}),
+    passes(
+        "boot.efi.fallback",
+        "BOOTAA64.EFI",
+        disk=EFI,
+        files={"/sbin/init": systems.program(183), "/boot/efi/EFI/BOOT/BOOTAA64.EFI": b"MZ"},
+    ),
+    fails(
+        "boot.efi.fallback",
+        "block",
+        "EFI/BOOT/BOOTX64.EFI",
+        disk=EFI,
+        files={"/boot/efi/EFI/BOOT/BOOTIA32.EFI": b"MZ"},
+    ),
+    passes("sec.selinux", "not set up"),
+    fails(
+        "sec.selinux",
+        "info",
+        "SELinux is enforcing",
+        "/etc/selinux/config:2",
+        system=systems.rhel_files,
+        files={"/etc/selinux/config": "# modes\nSELINUX=enforcing\nSELINUXTYPE=targeted\n"},
+        remedy="sed -i '2s/enforcing/permissive/' /etc/selinux/config",
+    ),
+    fails("sec.selinux", "warn", "enforcing", profile="alibaba", files={"/etc/selinux/config": "SELINUX=enforcing\n"}),
+    passes(
+        "sec.selinux",
+        "permissive",
+        files={"/etc/selinux/config": "SELINUX=enforcing\n", **menu(arguments="enforcing=0")},
+    ),
+    fails(
+        "sec.selinux",
+        "info",
+        "labels every file",
+        "/.autorelabel",
+        files={"/.autorelabel": ""},
+        remedy="rm /.autorelabel",
+    ),
+    passes("sec.secrets", "no keys"),
+    fails(
+        "sec.secrets",
+        "info",
+        "the SSH server's own keys, credentials of AWS travel with the image",
+        "/root/.aws/credentials",
+        files={"/etc/ssh/ssh_host_ed25519_key": "x", "/root/.aws/credentials": "[default]\n"},
+    ),
+    fails(
+        "agent.cloudinit.datasource",
+        "warn",
+        "asks NoCloud only",
+        "/etc/cloud/ds-identify.cfg:1",
+        files={
+            "/etc/cloud/ds-identify.cfg": "datasource: NoCloud\n",
+            "/etc/cloud/cloud.cfg.d/90.cfg": "datasource_list: [ ConfigDrive ]\n",
+        },
+    ),
+    fails("agent.cloudinit.datasource", "warn", "asks NoCloud only", f"{CFG}:4", files=menu(arguments="ds=nocloud")),
+    fails(
+        "agent.cloudinit.enabled",
+        "block",
+        "ds-identify's policy",
+        "/etc/cloud/ds-identify.cfg:1",
+        files={"/etc/cloud/ds-identify.cfg": "policy: disabled\n"},
+        remedy="sed -i '1d'",
+    ),
+    fails("agent.cloudinit.growpart", "info", "resize2fs is not installed", files={"/usr/sbin/resize2fs": None}),
+    fails(
+        "hw.nic",
+        "block",
+        "one card by its address",
+        f"{NM}:3",
+        system=systems.rhel_files,
+        files={NM: "[connection]\nid=wired\nmac-address=00:0C:29:AA:BB:CC\n", "/usr/bin/cloud-init": None},
+    ),
+    fails("hw.video", "info", "nomodeset", f"{CFG}:4", files=menu(arguments="nomodeset")),
+    fails(
+        "hw.diskname",
+        "warn",
+        "/dev/sda1, which becomes /dev/vda1",
+        "/var/spool/cron/crontabs/root:1",
+        files={"/var/spool/cron/crontabs/root": "5 4 * * * /sbin/tune2fs -l /dev/sda1\n"},
+    ),
+    fails("live.risk", "warn", "2 MiB a second", disk=live(mounts=(mounted("/", "sda"),), written_per_s=2 * MiB + 0.5)),
+    passes("fs.critical", "key files", files={"/etc/os-release": None, "/etc/debian_version": "6.0.10\n"}),
+    fails("fs.critical", "warn", "/etc/os-release", files={"/etc/os-release": None, "/etc/debian_version": "12.1\n"}),
+    passes("disk.table", "uses hybrid", disk={"table": table_of("hybrid", (LINUX_GUID,))}, profile="gcp"),
 ]
 
 
