@@ -16,8 +16,13 @@ _UNIT_FOLDERS = ("/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd
 _WANTED_BY = ("multi-user.target.wants", "sockets.target.wants", "default.target.wants")
 _CLIENTS = (
     *("/sbin/dhclient", "/usr/sbin/dhclient", "/sbin/dhcpcd", "/usr/sbin/dhcpcd", "/usr/bin/dhcpcd"),
-    *("/usr/sbin/NetworkManager", "/usr/lib/systemd/systemd-networkd", "/lib/systemd/systemd-networkd"),
+    "/usr/sbin/NetworkManager",
     *("/sbin/udhcpc", "/usr/sbin/udhcpc", "/usr/sbin/wicked", "/usr/sbin/wickedd", "/sbin/pump"),
+)
+_NETWORKD = (
+    "/etc/systemd/system/multi-user.target.wants/systemd-networkd.service",
+    "/etc/systemd/system/dbus-org.freedesktop.network1.service",
+    "/usr/sbin/netplan",
 )
 _AGENTS = ("/usr/bin/cloud-init", "/usr/local/bin/cloud-init", "/usr/sbin/waagent")
 _ACCOUNTS_MAX = 200
@@ -65,6 +70,8 @@ async def _starts(subject: Subject) -> bool:
             for name in await names_in(subject.view, f"{folder}/{wanted}"):
                 if name in _SERVER_UNITS and not await _is_masked(subject, name):
                     return True
+    if any([await exists(subject.view, folder) for folder in _UNIT_FOLDERS[1:]]):
+        return False  # beside a unit of systemd a link in rc3.d does nothing
     for level in ("/etc/runlevels/default", "/etc/rc3.d", "/etc/rc2.d", "/etc/rc.d/rc3.d"):
         if any(re.fullmatch(r"(S\d\d)?(sshd?|dropbear)", name) for name in await names_in(subject.view, level)):
             return True
@@ -130,6 +137,10 @@ async def check_client(subject: Subject, target: Target) -> AsyncIterator[Outcom
     for path in _CLIENTS:
         if await exists(subject.view, path):
             yield passed(f"addresses are asked for by {path.rpartition('/')[2]}", Evidence(path))
+            return
+    for path in _NETWORKD:  # its program is part of systemd; only enabled, or started by netplan, it does something
+        if await exists(subject.view, path):
+            yield passed("addresses are asked for by systemd-networkd", Evidence(path))
             return
     family = subject.distribution.family
     yield failed(
