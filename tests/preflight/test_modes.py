@@ -13,7 +13,6 @@ from click.testing import CliRunner
 
 from pipeline.__main__ import main
 from pipeline.units import GiB, MiB
-from stages.disk.live import LiveView
 from stages.preflight.findings import Finding
 from stages.preflight.opening import Wanted, open_subject
 from stages.preflight.rules import judge
@@ -188,30 +187,55 @@ async def rules_on(view: object) -> tuple[Finding, ...]:
     return await findings_of(subject, target_of(subject))
 
 
+def make_hostile(tree: Path, outside: Path) -> None:
+    """Loops, links out of the root, files that claim gigabytes, devices, pipes, names that are no text."""
+    version = systems.DEBIAN_KERNEL
+    for path in (
+        *("etc/fstab", "etc/shadow", "etc/issue", "etc/default/grub", "etc/machine-id", "etc/group", "sbin/init"),
+        *(f"boot/config-{version}", f"boot/initrd.img-{version}", "usr/bin/growpart"),
+    ):
+        (tree / path).unlink()
+    for path in ("etc/fstab", f"boot/config-{version}", f"boot/initrd.img-{version}", "etc/crypttab"):
+        with (tree / path).open("wb") as file:
+            file.truncate(GiB)
+    (tree / "etc/shadow").symlink_to(outside)
+    (tree / "etc/group").symlink_to("../" * 20 + str(outside).lstrip("/"))
+    (tree / "etc/issue").symlink_to("issue")
+    (tree / "usr/bin/growpart").symlink_to("/usr/bin/growpart/growpart")
+    os.mkfifo(tree / "etc/default/grub")
+    os.mkfifo(tree / "sbin/init")
+    os.mknod(tree / "etc/machine-id", 0o20666, os.makedev(1, 5))  # /dev/zero
+    os.mknod(tree / "etc/smartd.conf", 0o60666, os.makedev(7, 0))
+    (tree / "etc/loop").symlink_to("/etc/loop/loop")
+    (tree / "etc/netplan").symlink_to("../../../../../../../../etc")
+    (tree / "etc/cron.d").symlink_to("/proc/self/root/etc")
+    folder = os.fsencode(tree / "etc/modprobe.d")
+    os.mkdir(folder)
+    Path(os.fsdecode(folder + b"/\xff\xfe\x1b[31m.conf")).write_bytes(b"blacklist virtio_blk\nblacklist \xff\n")
+    (tree / "etc/cloud/cloud.cfg").write_bytes(b"datasource_list: [ \xff\xfe ]\n" + b"x" * 200_000 + b"\n")
+
+
 @needs_root
 async def test_links_devices_and_giants_are_bounded_and_never_lead_out(tmp_path: Path) -> None:
-    """Loops, links out of the root, a file that claims a gigabyte, devices, pipes: each is told, none is followed."""
+    """Each is told, none is followed out, nothing of a giant is read: live, in an image, and alike in both."""
     tree = write_tree(systems.debian_files(), tmp_path / "tree")
     outside = tmp_path / "outside"
     outside.write_text("root:stolen:1:\n")
-    for path in ("etc/fstab", "etc/shadow", "etc/issue", "etc/default/grub", "etc/machine-id"):
-        (tree / path).unlink()
-    with (tree / "etc/fstab").open("wb") as file:
-        file.truncate(GiB)
-    (tree / "etc/shadow").symlink_to(outside)
-    (tree / "etc/issue").symlink_to("issue")
-    os.mkfifo(tree / "etc/default/grub")
-    os.mknod(tree / "etc/machine-id", 0o20666, os.makedev(1, 5))  # /dev/zero
-    (tree / "etc/loop").symlink_to("/etc/loop/loop")
-    (tree / "etc/netplan").symlink_to("../../../../../../../../etc")
-    subject = await subject_of(LiveView(tree))
-    assert subject.fstab.text.problem
-    findings = await findings_of(subject, target_of(subject))
-    by_id = {(one.id, one.status): one for one in findings}
+    make_hostile(tree, outside)
+    disk = write_disk(tree, tmp_path / "disk.raw")
+    live = await look(Wanted(place=str(disk), root=tree))
+    image = await look(Wanted(place=str(disk)))
+    assert told(live) == told(image)
+    by_id = {(one.id, one.status): one for one in image}
     assert "larger than 4 MiB" in by_id["fs.fstab.foreign", "unknown"].message
+    assert "larger than 4 MiB" in by_id["fs.crypttab", "unknown"].message
+    assert "more than any real one" in by_id["drv.virtio.initramfs", "unknown"].message
     assert ("fs.shadow", "fail") in by_id, "a link out of the root leads nowhere"
-    assert "stolen" not in repr(findings)
+    assert "stolen" not in repr((live, image))
     assert ("fs.critical", "unknown") in by_id
+    blacklisted = by_id["drv.virtio.blacklist", "fail"]
+    assert not blacklisted.is_command, "its name can't be written into a command"
+    assert "?[31m" in str(blacklisted.evidence[0])
 
 
 async def test_names_that_mean_something_to_a_shell_never_get_into_a_command() -> None:
