@@ -77,10 +77,12 @@ async def _guarded(console: Console, *arguments: Any) -> int:
 
 
 async def _look(console: Console, wanted: Wanted, profile: Any, ignored: tuple[str, ...], named: dict[str, Any]) -> int:
-    from stages.preflight.fixing import write_script
+    from stages.preflight.fixing import refuse_to_replace, write_script
     from stages.preflight.opening import open_subject
     from stages.preflight.rules import Target, boot_mode_for, judge
 
+    if named["fix_script"] is not None:
+        refuse_to_replace(named["fix_script"])
     async with open_subject(wanted) as subject:
         target = Target(
             profile=profile, boot_mode=named["boot_mode"] or boot_mode_for(profile, subject), kind=named["kind"]
@@ -88,7 +90,7 @@ async def _look(console: Console, wanted: Wanted, profile: Any, ignored: tuple[s
         findings = await judge(subject, target, ignored=ignored)
     tell_findings(console, findings)
     console.tell("preflight", **_summary(subject, target, findings))
-    for line in _lines(subject, target, findings, with_all=named["with_all"]):
+    for line in _lines(subject, target, findings, root=wanted.root, with_all=named["with_all"]):
         console.say(line)
     if named["fix_script"] is not None:
         count = write_script(named["fix_script"], subject, target, findings)
@@ -147,9 +149,13 @@ def finding_lines(findings: tuple[Finding, ...], *, with_all: bool = False) -> I
                     yield f"      {_styled(mark, 'info')}{_printable(line)}"
 
 
-def _lines(subject: Subject, target: Target, findings: tuple[Finding, ...], *, with_all: bool) -> Iterator[str]:
+def _lines(
+    subject: Subject, target: Target, findings: tuple[Finding, ...], *, root: Path | None, with_all: bool
+) -> Iterator[str]:
     system = subject.distribution.title or "no system that is known here"
-    yield f"{_printable(subject.place)}: {_printable(system)}" + (" (running)" if subject.is_live else "")
+    if subject.is_live:
+        system += " (running)" if root is None or root == Path("/") else f" (its files below {root})"
+    yield f"{_printable(subject.place)}: {_printable(system)}"
     yield f"for {target.profile.name}: {target.profile.title}, started by {target.boot_mode.upper()}"
     yield from finding_lines(findings, with_all=with_all)
     yield ""

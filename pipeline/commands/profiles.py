@@ -51,7 +51,7 @@ def profile_lines(profile: Profile, url: str) -> Iterator[str]:
     from stages.preflight.importing import import_steps
 
     yield f"{profile.name}: {profile.title}"
-    facts = list(_facts(profile))
+    facts = list(facts_of(profile))
     width = max(len(what) for what, _, _ in facts)
     for what, value, field in facts:
         sources = ", ".join(profile.told_by.get(field, ()))
@@ -68,7 +68,9 @@ def profile_lines(profile: Profile, url: str) -> Iterator[str]:
         yield f"  [{key}] {source.title}, read {source.checked}" + (f", {source.url}" if source.url else "")
 
 
-def _facts(profile: Profile) -> Iterator[tuple[str, str, str]]:
+def facts_of(profile: Profile) -> Iterator[tuple[str, str, str]]:
+    """What a profile says: (what, in words, field). Each field that it sets is there, but its import steps."""
+
     def listed(words: tuple[str, ...]) -> str:
         return ", ".join(word.replace(":", " ") for word in words)
 
@@ -76,10 +78,23 @@ def _facts(profile: Profile) -> Iterator[tuple[str, str, str]]:
         yield "formats", listed(profile.formats), "formats"
     if profile.max_virtual:
         yield "disk", f"at most {format_size(profile.max_virtual)}", "max_virtual"
+    if profile.max_virtual_safe:
+        yield "disk, warned", f"more than {format_size(profile.max_virtual_safe)}", "max_virtual_safe"
     if profile.max_file:
         yield "image", f"at most {format_size(profile.max_file)}", "max_file"
+    if profile.max_file_safe:
+        yield "image, warned", f"more than {format_size(profile.max_file_safe)}", "max_file_safe"
+    if profile.disks_max > 1:
+        yield "disks", f"at most {profile.disks_max} of one machine", "disks_max"
     yield "size", f"a multiple of {format_size(profile.align)}", "align"
     yield "starts by", " or ".join(mode.upper() for mode in profile.boot_modes), "boot_modes"
+    if "adapts" in profile.told_by:
+        how = (
+            "as the disk is prepared for"
+            if profile.adapts
+            else f"{profile.boot_modes[0].upper()} unless told otherwise"
+        )
+        yield "by default", how, "adapts"
     for mode, tables in profile.tables.items():
         yield f"{mode.upper()} table", " or ".join(one.upper() for one in tables), "tables"
     for title, alternatives in (("disk driver", profile.drivers.block), ("network driver", profile.drivers.net)):
@@ -90,6 +105,8 @@ def _facts(profile: Profile) -> Iterator[tuple[str, str, str]]:
     if profile.agents.any_of:
         least = f" {profile.agents.version} or later" if profile.agents.version else ""
         yield "agent", " or ".join(profile.agents.any_of) + least, "agents"
+    if profile.agents.remove:
+        yield "to remove", ", ".join(profile.agents.remove), "agents"
     if profile.agents.datasource:
         yield "data source", profile.agents.datasource, "agents"
     line = profile.command_line
@@ -101,6 +118,22 @@ def _facts(profile: Profile) -> Iterator[tuple[str, str, str]]:
     names = [one for one in (hardware.disk, hardware.nic, hardware.video) if one]
     if names:
         yield "hardware", ", ".join(names), "hardware"
+    if hardware.nics:
+        yield "network cards", str(hardware.nics), "hardware"
+    if hardware.processors:
+        yield "processor", " or ".join(hardware.processors), "hardware"
+    if profile.filesystems.allow:
+        inside = "" if profile.filesystems.subvolumes else " (btrfs without subvolumes)"
+        yield "filesystems", listed(profile.filesystems.allow) + inside, "filesystems"
+    if profile.filesystems.discouraged:
+        yield "rather not", listed(profile.filesystems.discouraged), "filesystems"
+    if not profile.encryption:
+        yield "encryption", "refused inside of the disk", "encryption"
+    if not profile.own_kernel:
+        yield "kernel", "the distribution's own", "own_kernel"
+    for one in profile.severity:
+        when = " ".join(filter(None, (one.table.upper(), one.boot_mode.upper())))
+        yield "weight", f"{one.id} is {one.level}" + (f" with {when}" if when else ""), "severity"
     if profile.name_rule.max < 255 or profile.name_rule.pattern:
         pattern = f", {profile.name_rule.pattern}" if profile.name_rule.pattern else ""
         yield "name", f"{profile.name_rule.max} characters{pattern}", "name_rule"

@@ -12,13 +12,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.errors import StoreError
+from pipeline.errors import PlanError, StoreError
 from pipeline.flow.items import RangeReader
 from pipeline.flow.pacing import RateLimit
 from stages.compress.index import FRAME_INDEX, FrameIndex
 from stages.decode.framed import has_seek_table, open_framed
 from stages.decode.image import DecodedImage
-from stages.decode.opening import ALIASES, open_image
+from stages.decode.opening import ALIASES, FORMATS, is_known, open_image
 from stages.decode.probing import probe
 from stages.decode.slowed import slowed
 from stages.decode.unpacked import UnpackedStream
@@ -116,6 +116,12 @@ async def open_files(named: NamedImage) -> AsyncIterator[OpenedFiles]:
         if named.limit is not None:
             reader, *extents = [slowed(one, named.limit) for one in (reader, *extents)]
         format, note = ALIASES.get(named.format, named.format), ""
+        if format != AUTO and not is_known(format):
+            raise PlanError(
+                f'"{named.format}" is no format that is read here',
+                operation="open",
+                hint=f"{', '.join(FORMATS)}, or auto.",
+            )
         if format == AUTO:
             name = named.place.partition("?")[0] if scheme_of(named.place) != "file" else named.place
             found = await probe(reader, name_hint=name, is_block_device=is_block_device(named.place))

@@ -29,6 +29,14 @@ def write_script(path: Path, subject: Subject, target: Target, findings: tuple[F
     return count
 
 
+def refuse_to_replace(path: Path) -> None:
+    """Say before anything is looked at that the script can't be written there. Raises PlanError."""
+    if path.exists():
+        raise PlanError("the script exists and is never replaced", path=path, hint="Name another file.")
+    if not path.parent.is_dir():
+        raise PlanError("there is no folder for the script", path=path.parent, hint="Make it, or name another file.")
+
+
 def script_text(subject: Subject, target: Target, findings: tuple[Finding, ...]) -> tuple[str, int]:
     """The script and how many commands it has. Every command stands alone: what fails is told, the others run."""
     failures = [one for one in findings if one.status == "fail" and one.remedy and not one.is_ignored]

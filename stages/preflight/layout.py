@@ -18,7 +18,7 @@ async def check_system(subject: Subject, target: Target) -> AsyncIterator[Outcom
     if not subject.no_system:
         yield passed(f"the system is {subject.distribution.title or 'of a kind that does not name itself'}")
         return
-    told = f"no system was found on the disk: {subject.no_system}"
+    told = f"no system was found{'' if subject.is_live else ' on the disk'}: {subject.no_system}"
     # What is encrypted, or of a kind that is not read here, may hold one.
     if subject.volumes.opaque or any(one.kind in ("zfs_member", "f2fs", "jfs") for one in subject.volumes):
         yield unknown(told, remedy="Run the preflight on the live machine instead.")

@@ -81,16 +81,16 @@ async def open_subject(wanted: Wanted) -> AsyncIterator[Subject]:
 async def _live(root: Path, wanted: Wanted, stack: AsyncExitStack) -> Subject:
     machine = Machine(root)
     name, place, problem, remedy = "", wanted.place, "", ""
-    if not place:
+    if not place and root != Path("/"):
+        # Its /sys names a disk of another machine, or of this one by another name: never opened unasked.
+        problem = "the disk was not looked at: none was named beside --root"
+        remedy = f"Name it: pipeline preflight --root {root} DISK."
+        name = next((one.name for one in machine.system_disk().disks), "")
+    elif not place:
         system = machine.system_disk()
-        problem = f"the disk was not looked at: {system.reason}"
-        remedy = "Name it: pipeline preflight DISK."
+        problem, remedy = f"the disk was not looked at: {system.reason}", "Name it: pipeline preflight DISK."
         if system.disks:
             name, place = system.disks[0].name, system.disks[0].path
-            if root != Path("/"):
-                # Its /sys names a disk of another machine, or of this one by another name: never opened unasked.
-                place, problem = "", "the disk was not looked at: none was named beside --root"
-                remedy = f"Name it: pipeline preflight --root {root} DISK."
     elif is_block_device(place):
         name = Path(os.path.realpath(place)).name
     reader: RangeReader | None = None
@@ -129,7 +129,7 @@ async def _live(root: Path, wanted: Wanted, stack: AsyncExitStack) -> Subject:
     return await gather(
         view,
         no_system="" if root == Path("/") else await _why_no_system(view, root),
-        place=place or (f"the system below {root}" if root != Path("/") else "this machine"),
+        place=place or (str(root) if root != Path("/") else "this machine"),
         reader=reader,
         table=table,
         volumes=volumes,

@@ -21,11 +21,12 @@ from stages.preflight.texts import PACKAGES_LIMIT, exists, is_folder, names_in, 
 Manager = Literal["dpkg", "apk", "pacman", "rpm", "none"]
 
 _RPM = ("/var/lib/rpm/rpmdb.sqlite", "/usr/lib/sysimage/rpm/rpmdb.sqlite")
-_RPM_OLD = (
-    "/var/lib/rpm/Packages",
-    "/var/lib/rpm/Packages.db",
-    "/usr/lib/sysimage/rpm/Packages.db",
-)
+# RHEL 8 and older; SUSE.
+_RPM_OLD = {
+    "/var/lib/rpm/Packages": "an rpm database in a Berkeley DB",
+    "/var/lib/rpm/Packages.db": "an rpm database in ndb format",
+    "/usr/lib/sysimage/rpm/Packages.db": "an rpm database in ndb format",
+}
 _PAGES_MAX = 20_000
 
 
@@ -68,9 +69,9 @@ async def find_packages(view: View) -> Packages:
     for path in _RPM:
         if await exists(view, path):
             return await _rpm(view, path)
-    for path in _RPM_OLD:
+    for path, what in _RPM_OLD.items():
         if await exists(view, path):
-            return Packages(manager="rpm", problem=f"{path} has a format that is not read here")
+            return Packages(manager="rpm", problem=f"{path} is {what}, which is not read here")
     return Packages(manager="none", problem="there is no database of a package manager that is known here")
 
 

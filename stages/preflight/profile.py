@@ -177,7 +177,14 @@ def find_profile(name: str) -> Profile:
         return load_profile(Path(name))
     if name not in names():
         hint = suggest(name, names()) or "`pipeline profiles` lists all."
-        raise ConfigError([Fault(reason=f'there is no profile "{name}"', hint=f"{hint} A path means a file of yours.")])
+        raise ConfigError(
+            [
+                Fault(
+                    reason=f'there is no profile "{name}"',
+                    hint=f"{hint}. A path means a file of yours.".replace("?.", "?").replace("..", "."),
+                )
+            ]
+        )
     return _shipped(name)
 
 

@@ -202,7 +202,10 @@ async def _look(subject: Subject, target: Target, id: str, tool: _Tool) -> Async
         return
     if subject.packages.problem:
         yield unknown(
-            f"no trace of {tool.title} in the files, but the packages can't be listed: {subject.packages.problem}"
+            f"no trace of {tool.title} in the files, but the packages can't be listed: {subject.packages.problem}",
+            remedy=f"Look yourself on that system: rpm -qa --qf '%{{NAME}}\\n' | grep -xE '{tool.packages}'"
+            if subject.packages.manager == "rpm"
+            else "",
         )
     else:
         yield passed(f"no {tool.title} among {len(subject.packages.installed)} packages")
@@ -258,7 +261,12 @@ async def check_agents(subject: Subject, target: Target) -> AsyncIterator[Outcom
         if name not in homes and name != "generic" and not found and await exists(subject.view, path):
             found = True
             yield failed("warn", f"{title} is installed: {path}", Evidence(path), remedy="Remove it.")
-    if not found:
+    if not found and subject.packages.problem:
+        yield unknown(
+            "no trace of an agent of another cloud in the files, but the packages can't be listed: "
+            f"{subject.packages.problem}"
+        )
+    elif not found:
         yield passed("no agent of another cloud was found")
 
 

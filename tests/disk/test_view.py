@@ -169,7 +169,7 @@ async def test_a_disk_without_a_system_says_what_it_has(tmp_path: Path) -> None:
     async with volumes_of(image) as disk:
         with pytest.raises(FormatError, match="root of a system") as caught:
             await open_system(disk)
-    assert "partition 1: ext2; partition 2: what it holds is not known" in caught.value.hint
+    assert "partition 1 (ext2); partition 2 (what it holds is not known)" in caught.value.hint
 
 
 async def test_a_filesystem_without_a_table_is_a_disk(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline.__main__ import main
+from pipeline.commands.profiles import facts_of, profile_lines
 from pipeline.errors import ConfigError
 from stages.preflight.importing import import_steps
 from stages.preflight.profile import Profile, find_profile, load_profile, names
@@ -100,3 +101,13 @@ def test_the_command_lists_and_explains() -> None:
     assert "s3://images/web01.qcow2" in one.stdout
     assert "at most 500 GiB  [T5]" in one.stdout
     assert "read 2026-11" in one.stdout
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_whatever_a_profile_says_of_a_cloud_is_explained_with_its_sources(name: str) -> None:
+    profile = find_profile(name)
+    assert {field for _, _, field in facts_of(profile)} >= set(profile.told_by) - {"steps"}
+    lines = list(profile_lines(profile, "s3://images/web01.qcow2"))
+    for field in set(profile.told_by) - {"steps"}:
+        assert any(f"  [{', '.join(profile.told_by[field])}]" in line for line in lines), field
+    assert all(any(line.startswith(f"  [{key}] ") for line in lines) for key in profile.source)

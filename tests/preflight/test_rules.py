@@ -646,6 +646,24 @@ CASES = [
         remedy="vmware-uninstall-tools.pl",
     ),
     unknown("sw.vmware", "packages can't be listed", files={"/var/lib/dpkg/status": None}),
+    unknown(
+        "sw.vmware",
+        "/var/lib/rpm/Packages is an rpm database in a Berkeley DB, which is not read here",
+        system=systems.rhel_files,
+        files={"/var/lib/rpm/rpmdb.sqlite": None, "/var/lib/rpm/Packages": bytes(12) + b"\x61\x15\x06\0"},
+        remedy="rpm -qa --qf '%{NAME}\\n' | grep -xE 'open-vm-tools.*|",
+    ),
+    fails(
+        "sw.vmware",
+        "warn",
+        "installed by hand",
+        system=systems.rhel_files,
+        files={
+            "/var/lib/rpm/rpmdb.sqlite": None,
+            "/usr/lib/sysimage/rpm/Packages.db": b"RpmP",
+            "/usr/bin/vmware-uninstall-tools.pl": "",
+        },
+    ),
     passes("sw.xen", "no Xen tools"),
     fails(
         "sw.xen",
@@ -677,6 +695,7 @@ CASES = [
         files={"/var/lib/dpkg/status": systems.dpkg_status("hyperv-daemons")},
     ),
     passes("sw.cloudagent", "no agent of another cloud"),
+    unknown("sw.cloudagent", "packages can't be listed", files={"/var/lib/dpkg/status": None}),
     fails("sw.cloudagent", "warn", "the Azure agent", files={"/var/lib/dpkg/status": systems.dpkg_status("waagent")}),
     passes(
         "sw.cloudagent", "no agent", profile="azure", files={"/var/lib/dpkg/status": systems.dpkg_status("waagent")}
