@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from pipeline.units import format_exact, format_size
 from stages.preflight.findings import Outcome, failed, passed, skipped, unknown
 from stages.preflight.rules import Rule, Target
-from stages.preflight.subject import Subject
+from stages.preflight.subject import Subject, rooted
 
 
 async def check_size(subject: Subject, target: Target) -> AsyncIterator[Outcome]:
@@ -54,6 +54,14 @@ async def check_size(subject: Subject, target: Target) -> AsyncIterator[Outcome]
             f"has {format_exact(target.file_size)}",
             remedy=f'Compress it more (level = "small"). {shrink}',
         )
+    elif most is None and profile.max_file and (used := await _in_use(subject)) > profile.max_file:
+        good = False
+        yield failed(
+            "warn",
+            f"its filesystems hold {format_exact(used)}, and {profile.name} takes images of "
+            f"{format_size(profile.max_file)}: only a compressed image may be small enough",
+            remedy=f'Compress it (level = "small"), remove what is not needed, or choose another way in. {shrink}',
+        )
     if target.virtual_size is not None and profile.align > 512 and target.virtual_size % profile.align:
         good = False
         yield failed(
@@ -66,6 +74,21 @@ async def check_size(subject: Subject, target: Target) -> AsyncIterator[Outcome]
         yield passed(
             f"{format_exact(size)}" + (f" of {format_size(profile.max_virtual)}" if profile.max_virtual else "")
         )
+
+
+async def _in_use(subject: Subject) -> int:
+    """Bytes in use in the filesystems that fstab mounts from this disk; 0 where none tells."""
+    used: dict[str, int] = {}
+    for entry in rooted(subject.fstab.entries):
+        volume = entry.meaning.volume
+        if volume is None or entry.is_swap or "noauto" in entry.options:
+            continue
+        try:
+            space = await subject.view.space(entry.point)
+        except OSError:
+            continue
+        used[volume.name] = min(space.total - space.free, volume.size)
+    return sum(used.values())
 
 
 async def check_room(subject: Subject, target: Target) -> AsyncIterator[Outcome]:

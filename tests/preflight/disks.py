@@ -89,7 +89,8 @@ def volume(number: int | None, kind: str = "ext4", uuid: str = ROOT_UUID, **name
     names = named.pop("names", (f"/dev/sda{number}",) if number else ())
     named.setdefault("part_uuid", f"{SIGNATURE}-{number:02x}" if number else "")
     named.setdefault("state", "clean")
-    return Volume(names=names, number=number, kind=kind, size=4 * GiB, uuid=uuid, **named)
+    named.setdefault("size", 4 * GiB)
+    return Volume(names=names, number=number, kind=kind, uuid=uuid, **named)
 
 
 async def subject_of(

@@ -202,9 +202,11 @@ async def test_a_preflight_in_object_storage_reads_little_and_is_quick(
     monkeypatch.setattr(named, "open_stored", counting)
     begun = time.monotonic()
     findings = await look(Wanted(place=f"s3://{bucket}/debian.qcow2", endpoint=seaweedfs.endpoint))
+    took_s, read = time.monotonic() - begun, sum(one.read_bytes for one in counted)
+    print(f"{len(findings)} findings after {read / MiB:.1f} MiB and {took_s:.2f} s")
     assert wrong(findings) == []
-    assert time.monotonic() - begun < 10
-    assert 0 < sum(one.read_bytes for one in counted) < 100 * MiB
+    assert took_s < 10
+    assert 0 < read < 100 * MiB
     seaweedfs.delete_bucket(bucket)
 
 

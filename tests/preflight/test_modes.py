@@ -6,7 +6,9 @@ import json
 import os
 import random
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -16,7 +18,7 @@ from pipeline.units import GiB, MiB
 from stages.preflight.findings import Finding
 from stages.preflight.opening import Wanted, open_subject
 from stages.preflight.rules import judge
-from tests.disk.making import need, needs_root, run
+from tests.disk.making import blank, need, needs_root, run
 from tests.preflight import systems
 from tests.preflight.disks import findings_of, subject_of, target_of
 from tests.preflight.images import write_disk, write_efi_disk, write_tree
@@ -138,6 +140,18 @@ def test_what_blocks_exits_5_with_place_and_remedy(tmp_path: Path) -> None:
     code, out, _ = call(disk, "--profile", "tencent", *(word for id in ids for word in ("--ignore", id)))
     assert code == 0
     assert "Ignored by you" in out
+
+
+def test_findings_are_coloured_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.commands.preflight import finding_lines
+
+    finding = Finding(id="a.b", severity="block", status="fail", message="it is wrong")
+    assert not [line for line in finding_lines((finding,)) if "\x1b" in line]
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert any("\x1b[31m" in line and "a.b" in line for line in finding_lines((finding,)))
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not [line for line in finding_lines((finding,)) if "\x1b" in line]
 
 
 @needs_root
@@ -297,3 +311,77 @@ async def test_no_content_of_any_file_breaks_a_rule(seed: int) -> None:
         await rules_on(changed(MadeView(files), {path: noise}))
     for path in read:
         await rules_on(changed(MadeView(files), {path: link(path)}))
+
+
+# -- real partition tables ---------------------------------------------------------------------------------------------
+
+
+def partitioned(disk: Path) -> Path:
+    """With a GPT of one partition."""
+    need("sfdisk")
+    run("sfdisk", "-q", disk, text="label: gpt\n,,L\n")
+    return disk
+
+
+def spoil_backup(disk: Path) -> None:
+    """The last sector, where the backup header is, as after a disk has grown."""
+    with disk.open("r+b") as file:
+        file.truncate(disk.stat().st_size + MiB)
+
+
+def spoil_both(disk: Path) -> None:
+    """Both headers."""
+    with disk.open("r+b") as file:
+        for at in (512, disk.stat().st_size - 512):
+            file.seek(at)
+            file.write(bytes(512))
+
+
+@pytest.mark.parametrize(
+    "spoil, id, severity, said",
+    [
+        (None, "disk.table", "block", "uses GPT; tencent with BIOS boot accepts MBR only"),
+        (spoil_backup, "disk.gpt.health", "warn", "the export writes a sound one"),
+        (spoil_both, "disk.table", "block", "GPT"),
+        (spoil_both, "disk.gpt.health", "block", "both GPT headers are damaged"),
+    ],
+)
+async def test_tables_that_sfdisk_made_and_what_happens_to_them(
+    tmp_path: Path, spoil: Callable[[Path], None] | None, id: str, severity: str, said: str
+) -> None:
+    disk = partitioned(blank(tmp_path / "disk.raw", 8 * MiB))
+    findings = await look(Wanted(place=str(disk), format="raw"))
+    health = [one for one in findings if one.id == "disk.gpt.health"]
+    assert [one.status for one in health] == ["pass"]
+    if spoil is not None:
+        spoil(disk)
+    findings = await look(Wanted(place=str(disk), format="raw"))
+    found = [one for one in findings if one.id == id and one.status == "fail"]
+    assert [(one.severity, said in one.message) for one in found[:1]] == [(severity, True)], found
+
+
+@needs_root
+async def test_a_disk_that_counts_in_4096_bytes_is_told(tmp_path: Path) -> None:
+    """The table that sfdisk writes on a disk of such sectors, seen in an image of it."""
+    need("losetup")
+    disk = blank(tmp_path / "disk.raw", 16 * MiB)
+    device = run("losetup", "--find", "--show", "--sector-size", "4096", disk).strip()
+    try:
+        partitioned(Path(device))
+    finally:
+        run("losetup", "-d", device)
+    findings = await look(Wanted(place=str(disk), format="raw"), "generic")
+    (found,) = [one for one in findings if one.id == "disk.sector"]
+    assert found.blocks
+    assert "sectors of 4096 bytes" in found.message
+
+
+@needs_root
+async def test_boot_code_that_is_gone_or_cut_off_is_told(good: tuple[Path, Path]) -> None:
+    disk = good[1]
+    for at, said in ((512, "second part is not where"), (0, "no boot code in the first sector")):
+        with disk.open("r+b") as file:
+            file.seek(at)
+            file.write(bytes(440))
+        found = [one for one in await look(Wanted(place=str(disk))) if one.id == "boot.loader" and one.blocks]
+        assert [said in one.message for one in found] == [True], found

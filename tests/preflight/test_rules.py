@@ -971,6 +971,14 @@ CASES = [
     # Limits
     passes("out.size", "20 GiB"),
     fails("out.size", "block", "takes disks of 500 GiB", disk={"table": table_of(size=600 * GiB)}),
+    fails(
+        "out.size",
+        "warn",
+        "its filesystems hold 90 GiB",
+        space={"total": 100 * GiB},
+        disk={"volumes": [volume(1, size=100 * GiB)]},
+    ),
+    passes("out.size", "20 GiB", target={"file_size_max": 20 * GiB}, space={"total": 100 * GiB}),
     fails("out.size", "warn", "decimal units", disk={"table": table_of(size=480 * GiB)}),
     fails("out.size", "block", "takes images of 50 GiB", target={"file_size": 60 * GiB}),
     fails("out.size", "warn", "at most", target={"file_size_max": 60 * GiB}),

@@ -51,13 +51,14 @@ class MadeView:
         files: Mapping[str, Content],
         below: View | None = None,
         *,
+        total: int = 20 * GiB,
         free: int = 10 * GiB,
         inodes_free: int = 100_000,
     ) -> None:
         self._below = below
         self._nodes: dict[str, Made] = {"/": folder()} if below is None else {}
         self._removed: set[str] = set()
-        self._space = Space(total=20 * GiB, free=free, inodes=1_000_000, inodes_free=inodes_free)
+        self._space = Space(total=total, free=free, inodes=1_000_000, inodes_free=inodes_free)
         self.reads: dict[str, int] = {}
         for path, content in files.items():
             if content is None:
