@@ -44,6 +44,7 @@ async def check_server(subject: Subject, target: Target) -> AsyncIterator[Outcom
         yield failed(
             "warn",
             "no SSH server is installed: nobody gets in but by the console",
+            Evidence(_SERVERS[0]),
             command=subject.distribution.install(_PACKAGES[family]) if family in _PACKAGES else "",
             remedy="Install an SSH server.",
         )
@@ -146,6 +147,7 @@ async def check_client(subject: Subject, target: Target) -> AsyncIterator[Outcom
     yield failed(
         "warn",
         "no DHCP client is installed: clouds give addresses by DHCP",
+        Evidence(_CLIENTS[0]),
         command=subject.distribution.install(_CLIENT_PACKAGES[family]) if family in _CLIENT_PACKAGES else "",
         remedy="Install a DHCP client.",
     )

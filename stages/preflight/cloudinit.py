@@ -75,6 +75,7 @@ async def check_installed(subject: Subject, target: Target) -> AsyncIterator[Out
         yield failed(
             "block" if agents.any_of else "warn",
             f"cloud-init is not installed; {target.profile.name} sets up password, keys and network by it.{waiver}",
+            Evidence(_PROGRAMS[0]),
             command=install,
             remedy="Install cloud-init.",
         )
@@ -389,6 +390,7 @@ async def check_growth(subject: Subject, target: Target) -> AsyncIterator[Outcom
         yield failed(
             "info",
             "growpart is not installed: the root filesystem stays as small as it is here",
+            Evidence("/usr/bin/growpart"),
             command=subject.distribution.install(*_grow_packages(subject)),
         )
     if last is not None and subject.root is not None and subject.root.number not in (None, last.number):
@@ -403,6 +405,7 @@ async def check_growth(subject: Subject, target: Target) -> AsyncIterator[Outcom
         yield failed(
             "info",
             f"{tools[0].rpartition('/')[2]} is not installed: the partition grows, the filesystem on it does not",
+            Evidence(tools[0]),
             command=subject.distribution.install(_RESIZE_PACKAGES[subject.root.kind]) if subject.root else "",
             remedy="Install the tools of the root filesystem.",
         )

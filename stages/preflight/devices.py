@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from stages.preflight.findings import Evidence, Outcome, Severity, failed, passed, plain, skipped, unknown
 from stages.preflight.rules import Rule, Target
 from stages.preflight.subject import Subject
-from stages.preflight.texts import read_text
+from stages.preflight.texts import exists, read_text
 
 _MD_CONFIGS = ("/etc/mdadm/mdadm.conf", "/etc/mdadm.conf")
 _LVM_CONFIGS = ("/etc/lvm/lvm.conf", "/etc/lvm/lvmlocal.conf")
@@ -52,6 +52,13 @@ async def check_crypttab(subject: Subject, target: Target) -> AsyncIterator[Outc
             continue
         if key.startswith(("/dev/urandom", "/dev/random")):
             continue  # a new key at each boot: swap
+        if key.startswith("/") and not await exists(subject.view, key.partition(":")[0]):
+            yield failed(
+                "warn",
+                f"the key file of {name} is not in the image: {key}",
+                where,
+                remedy="Put the key into the system, or enter a passphrase at the console.",
+            )
         meaning = subject.volumes.resolve(spec)
         if meaning.volume is None and meaning.is_certain and subject.table is not None:
             careful = {"nofail", "noauto"} & set(",".join(options).split(","))

@@ -62,7 +62,10 @@ async def check_foreign(subject: Subject, target: Target) -> AsyncIterator[Outco
             yield unknown(f"{entry.spec} on {what} was not found; it may be inside of {inside}", where)
         elif entry.may_be_missing:
             yield failed(
-                "info", f"{entry.spec} on {what} is not in the image{lives}; the boot goes on without it", where
+                "info",
+                f"{entry.spec} on {what} is not in the image{lives}; the boot goes on without it",
+                where,
+                remedy="Export its disk too where it is needed there; else remove the line.",
             )
         elif entry.is_swap:
             yield failed(

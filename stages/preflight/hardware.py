@@ -377,6 +377,7 @@ async def check_processor(subject: Subject, target: Target) -> AsyncIterator[Out
         yield failed(
             "block",
             f"the system's programs are for {subject.architecture}; {target.profile.name} takes {', '.join(taken)}",
+            Evidence("/sbin/init"),
             remedy="Choose another target, or install the system anew for that processor.",
         )
     else:
