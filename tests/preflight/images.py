@@ -59,9 +59,9 @@ def write_disk(tree: Path, disk: Path, *, size: int = 64 * MiB) -> Path:
 
 def write_efi_disk(tree: Path, disk: Path, *, esp: str, size: int = 96 * MiB) -> Path:
     """A raw disk with a GPT, an EFI system partition (what lies below `esp` of the tree) and an ext4 with the rest."""
-    need("mke2fs", "dd", "sgdisk", "mkfs.fat", "mcopy")
+    need("mke2fs", "dd", "sfdisk", "mkfs.fat", "mcopy")
     blank(disk, size)
-    run("sgdisk", "-n", "1:2048:+32M", "-t", "1:ef00", "-n", "2:0:0", "-t", "2:8300", disk)
+    run("sfdisk", "-q", disk, text="label: gpt\n2048,32M,U\n,,L\n")  # sgdisk sleeps a second after it has written
     first, second = blank(disk.with_suffix(".esp"), 32 * MiB), blank(disk.with_suffix(".part"), size - 34 * MiB)
     run("mkfs.fat", "-i", "ABCD1234", first)
     for entry in sorted((tree / esp.lstrip("/")).iterdir()):
