@@ -129,6 +129,10 @@ class Channel:
             ChannelClosed: the other side is gone, takes nothing, or the file ends early.
         Threads: one at a time, while nobody else sends. `shut_down` ends it.
         """
+        # All that is asked for is fetched at once: sendfile alone waits for the disk piece by piece.
+        for _, offset, length in pieces:
+            if length:
+                os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
         for head, offset, length in pieces:
             view = memoryview(head)
             flags = socket.MSG_MORE if length else 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pipeline.config.options import without_secrets
 from pipeline.errors import FormatError, PlanError, StoreError
 from pipeline.units import MiB
-from stages.store.file import local_path
+from stages.store.file import local_path, open_file_reader
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,9 +32,11 @@ def open_stored(
     Raises:
         PlanError: no stage does. Entering it raises StoreError where it can't be read.
     """
+    scheme = scheme_of(url)
+    if scheme == "file":
+        return open_file_reader(url)  # the catalog's own, without importing every stage there is
     from stages.catalog import CATALOG
 
-    scheme = scheme_of(url)
     for spec in CATALOG:
         if scheme in spec.schemes and spec.open_reader is not None:
             opened: AbstractAsyncContextManager[RangeReader] = spec.open_reader(url, endpoint=endpoint, ca_file=ca_file)

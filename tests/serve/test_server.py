@@ -10,6 +10,7 @@ import resource
 import socket
 import struct
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import anyio
@@ -469,12 +470,36 @@ async def test_half_open_connections_end_and_others_are_served() -> None:
     layer.close()
 
 
-async def test_a_client_that_takes_no_answers_is_hung_up_on_and_holds_little() -> None:
+async def test_a_write_longer_than_any_may_be_is_hung_up_on_before_it_comes() -> None:
+    problems: list[str] = []
+    layer = open_layer(await cached(BytesReader(bytes(SIZE))), None)
+    async with serving(layer, problems=problems) as (server, url):
+        client = await Client.of(url)
+        await client.go()
+        with anyio.fail_after(5):
+            with pytest.raises(ChannelClosed):
+                await client.ask(wire.Command.WRITE, 0, 2**32 - 1, payload=b"x")
+        client.channel.close()
+        await tool("nbdinfo", "--size", url)
+        assert server.clients == 0
+    assert "longer than it may be" in problems[0]
+    layer.close()
+
+
+@pytest.mark.parametrize("is_file", [False, True], ids=["through the cache", "from a file"])
+async def test_a_client_that_takes_no_answers_is_hung_up_on_and_holds_little(tmp_path: Path, is_file: bool) -> None:
     """A flood of the longest reads, of which nobody takes one."""
-    reader = BytesReader(b"x" * (64 * MiB))
     limits = Limits(progress_s=0.5)
+    reader = BytesReader(b"" if is_file else b"x" * (64 * MiB))
+    with (tmp_path / "disk").open("wb") as file:
+        file.truncate(64 * MiB)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    async with serving(await cached(reader, capacity=8 * MiB), limits=limits) as (server, url):
+    async with AsyncExitStack() as stack:
+        disk = await cached(reader, capacity=8 * MiB)
+        if is_file:
+            named = NamedImage(place=str(tmp_path / "disk"), format="raw")
+            disk = (await stack.enter_async_context(open_disk(named))).disk
+        server, url = await stack.enter_async_context(serving(disk, limits=limits))
         client = await Client.of(url)
         await client.go()
         flood = b"".join(wire.pack_request(wire.Command.READ, number, 0, wire.PAYLOAD_MAX) for number in range(20_000))
