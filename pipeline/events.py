@@ -246,7 +246,7 @@ class RunFinished(Event):
 
     name: str
     uri: str
-    verified: str  # "identical", "unproven", or "" when nothing was asked for
+    verified: str  # "identical", "proven", "unproven", or "" when nothing was asked for
     disk_bytes: int
     read_bytes: int
     stored_bytes: int

@@ -44,7 +44,7 @@ from pipeline.events import (
 from pipeline.flow.buffers import Ledger, Memory, Pool
 from pipeline.flow.channels import Channel
 from pipeline.flow.compressing import CompressingSegment
-from pipeline.flow.items import Block, Content, Receipt, Run, StoredImage, Verdict, Why
+from pipeline.flow.items import Block, Content, Receipt, Run, StoredImage, Verdict, Why, weakest
 from pipeline.flow.manifest import MANIFEST_SUFFIX, DiskRecord, ImageRecord, Manifest, pack_runs
 from pipeline.flow.mapping import SKIPPED_RANGES, MapRecorder
 from pipeline.flow.meter import StageMeter, find_bottleneck
@@ -70,12 +70,12 @@ class Outcome:
     """How a run ended well.
 
     Attributes:
-        state: "identical" and "unproven" are the weakest verdict; "stored" when nothing was asked to verify.
+        state: as `weakest` says of the verdicts.
         leaked_bytes: memory that a stage did not give back; always 0, looked at by tests.
     """
 
     uri: str
-    state: Literal["identical", "unproven", "stored"]
+    state: Literal["identical", "proven", "unproven", "stored"]
     verdicts: tuple[Verdict, ...]
     disk_size: int
     image_size: int
@@ -429,7 +429,7 @@ async def _verify(plan: RunPlan, stored: StoredImage) -> tuple[tuple[Verdict, ..
     """Every verification that the chain names, and the store's receipt for the manifest.
 
     Raises:
-        VerificationError: one of them says "differs".
+        VerificationError: one of them says "differs" or "disproven".
     """
     verdicts = []
     for stage in plan.chain.verifiers:
@@ -439,6 +439,13 @@ async def _verify(plan: RunPlan, stored: StoredImage) -> tuple[tuple[Verdict, ..
         plan.context.emit(
             ImageVerified(stage=stage.spec.name, state=verdict.state, coverage=verdict.coverage, detail=verdict.detail)
         )
+        if verdict.state == "disproven":
+            raise VerificationError(
+                f"the stored image is disproven: {verdict.detail}",
+                operation=stage.spec.name,
+                hint="It was not published. What is wrong may be so on the disk itself: pipeline prove tells more.",
+                uri=stored.uri,
+            )
         if verdict.state == "differs":
             raise VerificationError(
                 f"the stored image is not the disk: {verdict.detail or 'bytes differ'}",
@@ -539,9 +546,6 @@ def _manifest(
     bottleneck: str,
     elapsed_s: float,
 ) -> Manifest:
-    state = "stored"
-    if verdicts:
-        state = "identical" if any(verdict.state == "identical" for verdict in verdicts) else "unproven"
     facts = {}
     for stage in plan.chain.stages:
         for fact in stage.spec.provides:
@@ -567,7 +571,7 @@ def _manifest(
             order=plan.context.order.value,
             head_length=plan.layout.head_length,
         ),
-        state=state,
+        state=weakest(verdicts),
         facts=facts,
         options={
             "export": _shown(plan.config.export),

@@ -6,7 +6,7 @@ the first, a Piece in the second; an encoder turns one into the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -234,19 +234,36 @@ class Verdict:
     """What a verification found.
 
     Attributes:
-        level: which verification said it ("receipt", "sample", "readback").
-        state: "identical" claims only what `coverage` says; "unproven" where nothing could be compared.
+        level: which verification said it ("receipt", "sample", "readback", "prove").
+        state: of a comparison with the disk: "identical" claims only what `coverage` says, "unproven" that nothing
+            could be compared. Of an image that was looked at by itself: "proven" to be sound, "disproven", or
+            "unknown"; none of these three says whether it is the disk.
         coverage: share of the guest disk (0.0 to 1.0) that was compared.
         differing: guest ranges that differ, the first few.
         detail: one sentence for people.
     """
 
     level: str
-    state: Literal["identical", "differs", "unproven"]
+    state: Literal["identical", "differs", "unproven", "proven", "disproven", "unknown"]
     coverage: float
     differing: tuple[range, ...] = ()
     detail: str = ""
     evidence: dict[str, str] = field(default_factory=dict)
+
+
+def weakest(verdicts: Sequence[Verdict]) -> Literal["identical", "proven", "unproven", "stored"]:
+    """What verdicts, of which none is bad, come to: "stored" when nothing was asked.
+
+    One comparison that says "identical" is enough; an image that was to be proven by itself and could not be is not.
+    """
+    states = {one.state for one in verdicts}
+    if not states:
+        return "stored"
+    if "unknown" in states:
+        return "unproven"
+    if "identical" in states:
+        return "identical"
+    return "unproven" if "unproven" in states else "proven"
 
 
 def tiles(runs: tuple[Run, ...], offset: int, length: int) -> bool:

@@ -36,8 +36,8 @@ def level_of(event: Event) -> Level:
         return "warning"
     if isinstance(event, RunFailed):
         return "error"
-    if isinstance(event, ImageVerified) and event.state != "identical":
-        return "warning" if event.state == "unproven" else "error"
+    if isinstance(event, ImageVerified) and event.state not in ("identical", "proven"):
+        return "warning" if event.state in ("unproven", "unknown") else "error"
     return "info"
 
 

@@ -95,6 +95,8 @@ def _verdict(record: Record) -> tuple[str, str]:
         return "warn", "Stored, not verified"
     if record.state == "unproven":
         return "warn", "Unproven"
+    if record.state == "proven":
+        return "good", "Proven by itself, not compared with the disk"
     best = max((one.coverage for one in record.verdicts if one.state == "identical"), default=0.0)
     if best >= 1:
         return "good", "Verified: identical"
@@ -357,13 +359,15 @@ def _rules(record: Record) -> str:
     return f'<section>\n<h2>Will it boot there?</h2>\n{head}<div class="verdicts">{cards}</div>\n</section>'
 
 
+# The class of a verdict's card.
+_TONES = {"identical": "identical", "proven": "identical", "differs": "differs", "disproven": "differs"}
 _WEIGHTS = {"block": "differs", "info": "identical"}
 
 
 def _one_verdict(one: VerdictRecord) -> str:
-    known = one.state if one.state in ("identical", "differs", "unproven") else "unproven"
+    known = _TONES.get(one.state, "unproven")
     share = "all" if one.coverage >= 1 else f"{one.coverage:.1%}"
-    covered = f", {share} of the disk compared" if one.state != "unproven" else ""
+    covered = f", {share} of the disk compared" if one.state in ("identical", "differs") else ""
     detail = f'<p class="soft">{escape(one.detail)}</p>' if one.detail else ""
     head = f"<h3>{escape(one.level)}: {escape(one.state)}{covered}</h3>"
     return f'<div class="{known}">{head}{detail}{_pairs(one.evidence)}</div>'

@@ -283,13 +283,21 @@ def verified_line(outcome: RunOutcome) -> str:
     """The first line of the last word: claims what was compared, and no more."""
     if outcome.state == "stored":
         return "stored, not verified"
-    told = [verdict for verdict in outcome.verdicts if verdict.state == outcome.state]
-    best = max(told, key=lambda verdict: verdict.coverage, default=None)
+    proven = "; ".join(verdict.detail for verdict in outcome.verdicts if verdict.state == "proven")
+    if outcome.state == "proven":
+        return f"{proven}; not compared with the disk"
+    compared = [verdict for verdict in outcome.verdicts if verdict.state == "identical"]
+    best = max(compared, key=lambda verdict: verdict.coverage, default=None)
+    found = "identical"
+    if best is not None and best.coverage < 1:
+        found += f", as far as {best.coverage:.1%} of the disk that was compared tells"
     if outcome.state == "unproven":
-        return f"unproven: {best.detail if best and best.detail else 'there was nothing to compare with'}"
-    if best is None or best.coverage >= 1:
-        return "verified: identical"
-    return f"verified: identical, as far as {best.coverage:.1%} of the disk that was compared tells"
+        # What could not be tried comes first: what could not be compared may have been compared in another way.
+        reasons = [one.detail for state in ("unknown", "unproven") for one in outcome.verdicts if one.state == state]
+        why = next(filter(None, reasons), "there was nothing to compare with")
+        rest = found if best is not None else proven
+        return f"unproven: {why}" + (f" (but {rest})" if rest else "")
+    return f"verified: {found}" + (f"; {proven}" if proven else "")
 
 
 def summary_lines(outcome: RunOutcome) -> list[str]:

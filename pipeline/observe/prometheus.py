@@ -99,7 +99,7 @@ class PrometheusFile:
             case VerifyProgressed():
                 self._verified[event.stage] = (event.done_bytes, event.total_bytes)
             case ImageVerified():
-                self._verdicts[event.stage] = event.state == "identical"
+                self._verdicts[event.stage] = event.state in ("identical", "proven")
             case RunFinished():
                 self._ended = self._wall()
                 self._exit_code = EXIT_FAILED if event.verified == "unproven" else EXIT_OK
@@ -155,7 +155,7 @@ class PrometheusFile:
         for stage, (done, total) in self._verified.items():
             page.value("verify_done_bytes", done, {"stage": stage})
             page.value("verify_total_bytes", total, {"stage": stage})
-        page.family("verified", "gauge", "1 where a verification found the stored image identical, else 0.")
+        page.family("verified", "gauge", "1 where a verification found the image identical, or proved it, else 0.")
         for stage, identical in self._verdicts.items():
             page.value("verified", int(identical), {"stage": stage})
         if self._began:

@@ -14,7 +14,7 @@ from pipeline.flow.manifest import Manifest, unpack_runs
 from pipeline.flow.series import Series
 from pipeline.units import format_exact
 
-State = Literal["identical", "unproven", "stored", "failed"]
+State = Literal["identical", "proven", "unproven", "stored", "failed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +118,8 @@ def record_of(manifest: Manifest, *, where: str) -> Record:
 def _record_of(manifest: Manifest) -> Record:
     disk, image = manifest.disk, manifest.image
     size = _count(disk.size)
-    states: dict[str, State] = {"identical": "identical", "unproven": "unproven", "stored": "stored"}
+    known: tuple[State, ...] = ("identical", "proven", "unproven", "stored")
+    states: dict[str, State] = {state: state for state in known}
     totals = {Why(name): _count(length) for name, length in disk.totals.items()}
     series = Series.from_json(manifest.series)
     digest = manifest.digest

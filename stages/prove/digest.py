@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pipeline.errors import FormatError, StoreError
 from pipeline.flow.items import RangeReader, Verdict
 from pipeline.flow.manifest import Manifest
 from stages.checksum.leaves import GuestDigest
 from stages.compress.index import FRAME_INDEX, FrameIndex
 from stages.prove.steps import StepResult
+from stages.serve.opening import counted
 from stages.store.stored import image_of, read_manifest
 from stages.verify.comparison import verify_image
 from stages.verify.receipt import judge, receipt_of
 
 
-async def check_digest(reader: RangeReader, place: str, endpoint: str, manifest: str) -> StepResult:
+async def check_digest(
+    reader: RangeReader,
+    place: str,
+    endpoint: str,
+    manifest: str,
+    *,
+    on_read: Callable[[int], None] = lambda count: None,
+) -> StepResult:
     """Compare the image with its manifest.
 
     Args:
         manifest: where that is; empty: beside the image.
+        on_read: told how many bytes of the image were read.
     Raises:
         StoreError: the image can't be read.
     """
@@ -31,7 +42,11 @@ async def check_digest(reader: RangeReader, place: str, endpoint: str, manifest:
     reader = image_of(reader, place, told)
     verdict = judge(receipt_of(reader, told.receipt), size=told.image.size)
     if verdict.state == "unproven":
-        verdict = await _read_back(reader, told) or verdict
+        counter = counted(reader)
+        try:
+            verdict = await _read_back(counter, told) or verdict
+        finally:
+            on_read(counter.read_bytes)
     return result_of(verdict)
 
 

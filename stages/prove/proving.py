@@ -17,7 +17,7 @@ from stages.prove.boot import Firmware, Machine, try_boot
 from stages.prove.digest import check_digest
 from stages.prove.filesystems import DiskReader, check_filesystems
 from stages.prove.preflight import check_preflight
-from stages.prove.steps import STEPS, Proof, StepName, StepResult, conclude
+from stages.prove.steps import STEPS, Proof, StepName, StepResult, conclude, told_passed
 from stages.prove.structure import check_structure
 from stages.serve.opening import OpenedDisk, open_disk
 
@@ -63,7 +63,7 @@ class ProofReport:
     def sentence(self) -> str:
         """The verdict in one line."""
         if self.verdict == "proven":
-            return "proven: " + ", ".join(one.name for one in self.steps if one.state == "passed")
+            return f"proven: {told_passed(self.steps)}"
         failed = [one for one in self.steps if one.state == "failed"]
         if self.verdict == "disproven":
             return f"disproven by {failed[0].name}: {failed[0].summary}"
@@ -89,21 +89,12 @@ async def prove(
     begun = time.monotonic()
     results: list[StepResult] = []
 
-    async def step(name: StepName, work: Callable[[], Awaitable[StepResult]]) -> None:
+    async def step(name: StepName, work: Work) -> None:
         if name in asked.skip:
             result = StepResult(name=name, state="skipped", summary="skipped, as asked")
         else:
             on_note(f"{name} ...")
-            started = time.monotonic()
-            try:
-                result = await work()
-            except UnsupportedError as error:
-                result = StepResult(name=name, state="unknown", summary=error.message, hint=error.hint)
-            except FormatError as error:
-                result = StepResult(name=name, state="failed", summary=f"the image is damaged: {error}")
-            except PipelineError as error:
-                result = StepResult(name=name, state="unknown", summary=str(error), hint=error.hint)
-            result = dataclasses.replace(result, elapsed_s=time.monotonic() - started)
+            result = await take_step(name, work)
         results.append(result)
         on_step(result)
 
@@ -138,6 +129,20 @@ async def prove(
 Work = Callable[[], Awaitable[StepResult]]
 
 
+async def take_step(name: StepName, work: Work) -> StepResult:
+    """What a step found, also where it could not be finished: that an image can't be read is no reason to stop."""
+    started = time.monotonic()
+    try:
+        result = await work()
+    except UnsupportedError as error:
+        result = StepResult(name=name, state="unknown", summary=error.message, hint=error.hint)
+    except FormatError as error:
+        result = StepResult(name=name, state="failed", summary=f"the image is damaged: {error}")
+    except PipelineError as error:
+        result = StepResult(name=name, state="unknown", summary=str(error), hint=error.hint)
+    return dataclasses.replace(result, elapsed_s=time.monotonic() - started)
+
+
 def steps_over(
     asked: Asked, opened: OpenedDisk, on_note: Callable[[str], None] = lambda note: None
 ) -> Sequence[tuple[StepName, Work]]:
@@ -147,7 +152,9 @@ def steps_over(
     async def digest() -> StepResult:
         # By the reader itself: the wrapper that counts does not know a store's receipt.
         async with open_files(dataclasses.replace(image, format=files.format)) as plain:
-            return await check_digest(plain.reader, image.place, image.endpoint, asked.manifest)
+            return await check_digest(
+                plain.reader, image.place, image.endpoint, asked.manifest, on_read=opened.counter.count
+            )
 
     async def preflight() -> StepResult:
         result = await check_preflight(

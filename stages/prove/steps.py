@@ -37,6 +37,14 @@ class StepResult:
     screen: bytes = b""
 
 
+def told_passed(results: Sequence[StepResult], steps: Sequence[StepName] = STEPS) -> str:
+    """`structure, filesystems (not tried: boot)`: what a proof rests on, and which of these steps it does not."""
+    passed = ", ".join(one.name for one in results if one.state == "passed")
+    taken = {one.name for one in results if one.state != "skipped"}
+    left = ", ".join(name for name in steps if name not in taken)
+    return passed + (f" (not tried: {left})" if left else "")
+
+
 def conclude(results: Sequence[StepResult], *, preflight_decides: bool) -> Proof:
     """The verdict of all steps.
 

@@ -48,33 +48,37 @@ class Proof:
         self._context = context
 
     async def verify(self, image: StoredImage) -> Verdict:
-        """Disproven is "differs"; what could not be told is "unproven", with the reason.
+        """As `pipeline prove` says; whether the image is the disk is not looked at, and not said.
 
         Raises:
-            StoreError: the image can't be read.
+            StoreError: the image can't be opened.
         """
         from pipeline.errors import FormatError
-        from stages.prove.steps import conclude
+        from stages.decode.refusal import UnsupportedError
+        from stages.prove.steps import conclude, told_passed
 
         if self._context.layout is None:
-            return Verdict("prove", "unproven", 0.0, detail="the format of the image is not known")
+            return Verdict("prove", "unknown", 0.0, detail="the format of the image is not known")
         results: list[StepResult] = []
         try:
             async with self._opened(image) as opened:
                 await self._take_steps(opened, results)
+        except UnsupportedError as error:
+            return Verdict("prove", "unknown", 0.0, detail=f"{error.message}. {error.hint}".strip())
         except FormatError as error:
-            return Verdict("prove", "differs", 0.0, detail=f"the stored image can't be read: {error}")
+            return Verdict("prove", "disproven", 0.0, detail=f"the stored image can't be read: {error}")
         verdict = conclude(results, preflight_decides=False)
         evidence: dict[str, str] = {one.name: f"{one.state}: {one.summary}" for one in results}
-        decisive = next((one for one in results if one.state in ("failed", "unknown")), None)
         if verdict == "proven":
-            passed = ", ".join(one.name for one in results if one.state == "passed")
-            return Verdict("prove", "identical", 0.0, detail=f"proven by {passed}", evidence=evidence)
-        state: Literal["differs", "unproven"] = "differs" if verdict == "disproven" else "unproven"
+            # The digest is for others to compare; preflight only informs here.
+            passed = told_passed(results, ("structure", "filesystems", "boot"))
+            return Verdict("prove", "proven", 0.0, detail=f"proven by {passed}", evidence=evidence)
+        wanted = "failed" if verdict == "disproven" else "unknown"
+        decisive = next((one for one in results if one.state == wanted), None)
         detail = (
             f"{decisive.name}: {decisive.summary}. {decisive.hint}".strip() if decisive else "every step was skipped"
         )
-        return Verdict("prove", state, 0.0, detail=detail, evidence=evidence)
+        return Verdict("prove", verdict, 0.0, detail=detail, evidence=evidence)
 
     @asynccontextmanager
     async def _opened(self, image: StoredImage) -> AsyncIterator[OpenedDisk]:
@@ -99,11 +103,8 @@ class Proof:
             yield OpenedDisk(files=files, image=decoded, disk=CachedImage(decoded), counter=counter)
 
     async def _take_steps(self, opened: OpenedDisk, results: list[StepResult]) -> None:
-        import dataclasses
-        import time
-
         from stages.prove.boot import Machine
-        from stages.prove.proving import Asked, parse_steps, steps_over
+        from stages.prove.proving import Asked, parse_steps, steps_over, take_step
 
         options = self._options
         machine = Machine(
@@ -120,9 +121,7 @@ class Proof:
         )
         for name, work in steps_over(asked, opened):
             if name not in asked.skip:
-                begun = time.monotonic()
-                result = await work()
-                results.append(dataclasses.replace(result, elapsed_s=time.monotonic() - begun))
+                results.append(await take_step(name, work))
 
 
 SPEC = StageSpec(

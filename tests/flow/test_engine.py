@@ -18,7 +18,7 @@ from pipeline.errors import LeftBehindError, PlanError, StageError, Verification
 from pipeline.events import Event, EventStream, ProgressSampled, RunFinished
 from pipeline.flow.channels import Inlet, Outlet
 from pipeline.flow.engine import run_export
-from pipeline.flow.items import Block, Piece, RangeReader, StoredImage, Verdict
+from pipeline.flow.items import Block, Piece, RangeReader, StoredImage, Verdict, weakest
 from pipeline.flow.stage import Catalog, SinkPlan, SinkRequest, SourceInfo, StageContext
 from pipeline.units import MiB
 from stages.catalog import CATALOG
@@ -233,19 +233,38 @@ async def test_failing_writer_is_the_error_that_is_told(tmp_path: Path) -> None:
         await export(chain(tmp_path), catalog=catalog(write_null=writer_that(watched, fails=True)))
 
 
-@pytest.mark.parametrize("state, published, withdrawn", [("identical", 1, 0), ("unproven", 1, 0), ("differs", 0, 1)])
+@pytest.mark.parametrize(
+    "state, published, withdrawn",
+    [("identical", 1, 0), ("proven", 1, 0), ("unproven", 1, 0), ("differs", 0, 1), ("disproven", 0, 1)],
+)
 async def test_verdict_decides_between_publish_and_withdraw(
     tmp_path: Path, state: str, published: int, withdrawn: int
 ) -> None:
     watched = Watched()
     specs = catalog(write_null=writer_that(watched), verify_receipt=verifier_that(state))
     toml = chain(tmp_path, "verify.receipt")
-    if state == "differs":
-        with pytest.raises(VerificationError, match="byte 7 differs"):
+    if state in ("differs", "disproven"):
+        with pytest.raises(VerificationError, match="byte 7 differs") as caught:
             await export(toml, catalog=specs)
+        assert ("not the disk" in str(caught.value)) == (state == "differs"), "only a comparison says so"
     else:
         assert (await export(toml, catalog=specs)).state == state
     assert (watched.published, watched.withdrawn) == (published, withdrawn)
+
+
+@pytest.mark.parametrize(
+    "states, weakest_of_all",
+    [
+        ([], "stored"),
+        (["unproven", "identical"], "identical"),
+        (["proven"], "proven"),
+        (["identical", "proven"], "identical"),
+        (["unproven", "proven"], "unproven"),
+        (["identical", "unknown"], "unproven"),
+    ],
+)
+def test_what_was_to_be_proven_and_could_not_be_is_never_a_pass(states: list[Any], weakest_of_all: str) -> None:
+    assert weakest([Verdict("test", state, 1.0) for state in states]) == weakest_of_all
 
 
 async def test_cancellation_during_verification_withdraws(tmp_path: Path) -> None:

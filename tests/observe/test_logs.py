@@ -78,9 +78,9 @@ def test_the_level_drops_what_is_quieter(tmp_path: Path, level: Any, kept: list[
 def test_a_verdict_is_as_loud_as_it_is_bad() -> None:
     levels = [
         level_of(events.ImageVerified(stage="verify.receipt", state=state, coverage=1, detail=""))
-        for state in ("identical", "unproven", "differs")
+        for state in ("identical", "proven", "unproven", "unknown", "differs", "disproven")
     ]
-    assert levels == ["info", "warning", "error"]
+    assert levels == ["info", "info", "warning", "warning", "error", "error"]
 
 
 def test_a_log_is_appended_to(tmp_path: Path) -> None:

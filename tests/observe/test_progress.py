@@ -193,6 +193,18 @@ def test_the_first_line_claims_no_more_than_was_compared() -> None:
     assert line("identical", receipt, sampled) == (
         "verified: identical, as far as 3.1% of the disk that was compared tells"
     )
+    proven = Verdict("prove", "proven", 0.0, detail="proven by structure (not tried: boot)")
+    assert line("proven", proven) == "proven by structure (not tried: boot); not compared with the disk"
+    assert line("identical", Verdict("readback", "identical", 1.0), proven) == (
+        "verified: identical; proven by structure (not tried: boot)"
+    )
+    assert line("unproven", receipt, proven) == (
+        "unproven: the store keeps no checksum (but proven by structure (not tried: boot))"
+    )
+    unknown = Verdict("prove", "unknown", 0.0, detail="boot: there is no qemu")
+    assert line("unproven", receipt, sampled, unknown) == (
+        "unproven: boot: there is no qemu (but identical, as far as 3.1% of the disk that was compared tells)"
+    )
 
 
 def test_the_summary_has_exact_sizes() -> None:

@@ -94,17 +94,23 @@ def test_the_page_says_what_a_person_wants_to_know() -> None:
         assert said in text, said
 
 
+PROVEN = {"level": "prove", "state": "proven", "coverage": 0.0, "detail": "proven by structure", "evidence": {}}
+
+
 @pytest.mark.parametrize(
     "changes, said",
     [
         ({"state": "stored", "verdicts": ()}, "Stored, not verified"),
         ({"state": "unproven", "verdicts": ()}, "Unproven"),
+        ({"state": "proven", "verdicts": (PROVEN,)}, "Proven by itself, not compared with the disk"),
+        ({"state": "proven", "verdicts": (PROVEN,)}, "prove: proven"),
     ],
 )
 def test_the_verdict_claims_no_more_than_was_compared(changes: dict[str, Any], said: str) -> None:
     text = read(**changes).text
     assert said in text
     assert "Verified" not in text
+    assert "of the disk compared" not in read(state="proven", verdicts=(PROVEN,)).text
     sample = dict(manifest().verdicts[0], coverage=0.031)
     assert "Verified: identical in the 3.1% that was compared" in read(verdicts=(sample,)).text
 

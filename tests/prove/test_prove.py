@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -215,22 +216,23 @@ def test_an_image_without_a_manifest_is_not_proven(image: Path, tmp_path: Path) 
 
 
 def test_missing_tools_are_never_a_pass(image: Path, tmp_path: Path) -> None:
-    """What to install is said."""
-    (tmp_path / "bin").mkdir()
-    code = (
-        "import os, sys\n"
-        "import stages.prove.checkers as checkers\n"
-        f"checkers._PATH = os.environ['PATH'] = {str(tmp_path / 'bin')!r}\n"
-        "from pipeline.__main__ import main\n"
-        f"sys.argv = ['pipeline', 'prove', {str(image)!r}, '--json', '--skip', 'preflight']\n"
-        "main()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == EXIT_FAILED, done.stderr
-    told = {one["name"]: one for one in map(json.loads, done.stdout.splitlines()) if one["type"] == "step"}
-    assert (told["filesystems"]["state"], told["boot"]["state"]) == ("unknown", "unknown")
-    assert "apt install" in told["filesystems"]["hint"]
-    assert "qemu-system-x86" in told["boot"]["hint"]
+    """What to install is said, by the command and by a run, whose image is published all the same."""
+    nothing = {"PATH": str(tmp_path)}
+    said, steps = prove(image, "--skip", "preflight", env=nothing)
+    assert said.code == EXIT_FAILED, said.err
+    assert (steps["filesystems"], steps["boot"]) == ("unknown", "unknown")
+    assert "apt install libnbd-bin" in str(step(said, "filesystems")["hint"])
+    assert "qemu-system-x86" in str(step(said, "boot")["hint"])
+    target = tmp_path / "out.qcow2"
+    toml = write_toml(
+        tmp_path / "e.toml", 'read.synthetic; size = "4 MiB"', "checksum.guest", "encode.qcow2",
+        f'write.file; path = "{target}"', "verify.readback", 'verify.prove; skip = ["filesystems", "preflight"]',
+    )  # fmt: skip
+    said = call("run", toml, env=nothing)
+    assert said.code == EXIT_FAILED, said.err
+    assert said.out.startswith("unproven: boot: could not be tried: there is no qemu-system-x86_64. Install it: apt ")
+    assert "(but identical)" in said.out
+    assert target.exists()
 
 
 def test_what_is_no_image_is_no_verdict(tmp_path: Path) -> None:
@@ -249,9 +251,12 @@ def test_prove_as_the_last_stage_keeps_its_findings(disks: Maker, tmp_path: Path
     )  # fmt: skip
     said = call("run", toml, "--set", f"export.manifest={tmp_path / 'm.json'}")
     assert said.code == 0, said.err
-    verdicts = json.loads((tmp_path / "m.json").read_text())["verdicts"]
-    assert [one["level"] for one in verdicts] == ["readback", "prove"]
+    manifest = json.loads((tmp_path / "m.json").read_text())
+    verdicts = manifest["verdicts"]
+    assert [(one["level"], one["state"]) for one in verdicts] == [("readback", "identical"), ("prove", "proven")]
     assert "clean" in str(verdicts[1]["evidence"])
+    assert said.out.startswith("verified: identical; proven by structure, filesystems (not tried: boot)\n")
+    assert manifest["state"] == "identical"
 
 
 def test_preflight_informs_without_a_profile_and_decides_with_one(disks: Maker) -> None:
@@ -299,7 +304,17 @@ def test_the_machine_ends_with_us_also_on_kill_9(disks: Maker) -> None:
         assert process.poll() is None
         assert time.monotonic() < ends
     watched = os.pidfd_open(machines[0])
-    assert Path(f"/proc/{machines[0]}").stat().st_uid != 0, "it runs as nobody"
+    folder = Path(f"/proc/{machines[0]}")
+    assert folder.stat().st_uid != 0, "it runs as nobody"
+    # The filter is the last thing that it puts on, right before the guest's first instruction.
+    while "Seccomp:\t2" not in (status := (folder / "status").read_text()):
+        assert time.monotonic() < ends
+    assert "NoNewPrivs:\t1" in status
+    assert "CapEff:\t0000000000000000" in status
+    limits = {line[:26].strip(): line[26:].split()[0] for line in (folder / "limits").read_text().splitlines()}
+    assert all(limits[name] != "unlimited" for name in ("Max address space", "Max cpu time", "Max file size"))
+    words = (folder / "cmdline").read_bytes().decode().split("\0")
+    assert [after for word, after in pairwise(words) if word == "-netdev"] == ["hubport,id=net,hubid=0"], "no network"
     process.kill()
     process.wait()
     import select
