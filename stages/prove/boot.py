@@ -12,6 +12,7 @@ import pwd
 import re
 import shutil
 import signal
+import stat
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
@@ -51,6 +52,10 @@ _OVERLAY_MAX = 4 * GiB
 # Kept of the serial console: its begin and its end.
 _LOG_HALF = 128 * KiB
 _LOOK_EVERY_S = 0.5
+# What a guest says within so long is judged together: judging looks at all that it has said.
+_LISTEN_S = 0.1
+# Of the screen's picture; a larger one is none of QEMU's.
+_PICTURE_MAX = 64 * MiB
 # A screen that has not changed for so long in the end, without a word on the serial console, stands still.
 _STILL_S = 10.0
 # Boot code that neither says nor reads anything for so long never will; from a far store a read takes seconds.
@@ -199,12 +204,15 @@ async def _watch(guest: _Guest, machine: Machine, seen: _Seen) -> _Decision:
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(listen)
-        failing_since = 0.0
+        failing_since = looked_at = 0.0
         while not found:
             with anyio.move_on_after(_LOOK_EVERY_S):
                 await seen.heard.wait()
+                await anyio.sleep(_LISTEN_S)
             seen.heard = anyio.Event()
-            await guest.look(seen)
+            if clock() - looked_at >= _LOOK_EVERY_S:
+                await guest.look(seen)
+                looked_at = clock()
             now = clock()
             if came_up := _came_up(seen, machine.pattern):
                 found.append(("passed", f"it came up: {came_up}", "", ()))
@@ -220,6 +228,7 @@ async def _watch(guest: _Guest, machine: Machine, seen: _Seen) -> _Decision:
                 found.append(_failed(seen, (NO_BOOT_CODE, "Booting from Hard Disk...")))
             elif now >= ends:
                 found.append(_late(seen, machine, now))
+        await guest.look(seen)
         tasks.cancel_scope.cancel()
     return found[0]
 
@@ -316,7 +325,7 @@ class _Guest:
         try:
             path = self._folder / "screen.ppm"
             await self._order("screendump", seen, filename=str(path))
-            picture = path.read_bytes() if path.exists() else b""
+            picture = _read_picture(path)
             letters = ""
             if is_text_mode(picture):
                 dump = await self._order("human-monitor-command", seen, **{"command-line": "xp /2000hx 0xb8000"})
@@ -417,6 +426,17 @@ async def _monitor(path: Path, process: anyio.abc.Process) -> anyio.abc.SocketSt
     )
 
 
+def _read_picture(path: Path) -> bytes:
+    """The file that QEMU wrote; empty where there is something else, for QEMU runs a stranger's system."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return b""
+    with os.fdopen(fd, "rb") as file:
+        status = os.fstat(fd)
+        return file.read() if stat.S_ISREG(status.st_mode) and status.st_size <= _PICTURE_MAX else b""
+
+
 def _command(machine: Machine, folder: Path, socket: Path, variables: Path | None) -> list[str]:
     accelerator = ["-accel", "kvm", "-cpu", "host"] if machine.kvm else ["-accel", f"tcg,tb-size={_TRANSLATIONS_MIB}"]
     if not machine.kvm:
@@ -436,6 +456,8 @@ def _command(machine: Machine, folder: Path, socket: Path, variables: Path | Non
         *(QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-machine", "pc,vmport=off,usb=off"),
         *accelerator,
         *("-m", str(machine.memory // MiB), "-smp", "1"),
+        # A guest that switches itself off, or panics, stands still, until it was asked why.
+        "-no-shutdown",
         # The filter comes before the guest's first instruction: no new programs, no other user, no other priorities.
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
         *("-blockdev", json.dumps(blockdev), "-device", "virtio-blk-pci,drive=disk,bootindex=0"),

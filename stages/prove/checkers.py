@@ -31,6 +31,8 @@ _PATH: Final = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 _FUSE: Final = "nbdfuse"
 _START_S = 20.0
 _CHECK_MEMORY = 8 * GiB
+# Far more than any sound filesystem takes; a damaged one must not keep a checker busy for ever.
+_CHECK_CPU_S = 4 * 3600
 # What replaying a journal may write.
 _OVERLAY_MAX = 4 * GiB
 _SAID_MAX = 20_000
@@ -158,15 +160,10 @@ async def _run(checker: Checker, path: Path) -> Checked:
     said, code = "", 0
     for command in checker.commands:
         words = [word.format(path) for word in command]
-        done = await anyio.run_process(
-            leashed(words, signal=signal.SIGKILL, memory=_CHECK_MEMORY),
-            check=False,
-            input=b"",
-            stderr=-2,
-            env={"PATH": _PATH, "LC_ALL": "C"},
+        code, output = await _outcome_of(
+            leashed(words, signal=signal.SIGKILL, memory=_CHECK_MEMORY, cpu_s=_CHECK_CPU_S)
         )
-        code = done.returncode
-        told = done.stdout[-_SAID_MAX:].decode(errors="replace").replace(str(path), "it")
+        told = output.decode(errors="replace").replace(str(path), "it")
         said += "".join(char if char.isprintable() or char == "\n" else "?" for char in told)
     if code in checker.clean:
         return Checked(state="passed", summary=f"{checker.program} finds nothing", said=said)
@@ -177,6 +174,23 @@ async def _run(checker: Checker, path: Path) -> Checked:
     if code < 0 or code in checker.unknown:
         return Checked(state="unknown", summary=f"{checker.program} could not do its work ({code})", said=said)
     return Checked(state="failed", summary=f"{checker.program} finds damage (exit {code})", said=said)
+
+
+async def _outcome_of(words: Sequence[str]) -> tuple[int, bytes]:
+    """Run a checker: its exit code and the end of what it said, however much a damaged filesystem makes it say."""
+    process = await anyio.open_process(words, stdin=-3, stderr=-2, env={"PATH": _PATH, "LC_ALL": "C"})
+    said = b""
+    try:
+        assert process.stdout is not None, "a pipe"
+        async for data in process.stdout:
+            said = (said + data)[-_SAID_MAX:]
+        return await process.wait(), said
+    finally:
+        with anyio.CancelScope(shield=True):
+            if process.returncode is None:
+                process.kill()
+            with anyio.move_on_after(_START_S):
+                await process.aclose()
 
 
 @asynccontextmanager

@@ -26,26 +26,27 @@ def _symptom(pattern: str, reason: str, rule: str = "") -> Symptom:
     return Symptom(pattern=re.compile(pattern, re.IGNORECASE | re.MULTILINE), reason=reason, rule=rule)
 
 
+# No pattern goes on without end from a place where a text may have many: the guest chose the text.
 # The most telling first: a kernel that panics for want of its root has said before that it found none.
 SYMPTOMS: Final = (
     _symptom(
-        r"ALERT!\s+\S+ does not exist|Gave up waiting for root (file system )?device",
+        r"ALERT!\s{1,8}\S+ does not exist|Gave up waiting for root (file system )?device",
         "the initramfs did not find the root filesystem: a driver is missing in it, or root= names a disk that is not",
         "drv.virtio.initramfs, boot.root_exists, boot.root_uuid",
     ),
     _symptom(
-        r"dracut-initqueue(\[\d+\])?: Warning: .*timeout|Warning: /dev/\S+ does not exist|dracut:/?#",
+        r"dracut-initqueue(\[\d+\])?: Warning: .{0,80}timeout|Warning: /dev/\S+ does not exist|dracut:/?#",
         "dracut waited in vain for the root filesystem: a driver is missing in the initramfs, or root= names a disk "
         "that is not",
         "drv.virtio.initramfs, boot.root_exists, boot.root_uuid",
     ),
     _symptom(
-        r"Dependency failed for .*Local File Systems",
+        r"Dependency failed for .{0,80}Local File Systems",
         "a filesystem of /etc/fstab is not there",
         "fs.fstab.foreign, fs.fstab.devname",
     ),
     _symptom(
-        r"You are in (rescue|emergency) mode|Entering emergency mode|Reached target .*Emergency Mode"
+        r"You are in (rescue|emergency) mode|Entering emergency mode|Reached target .{0,80}Emergency Mode"
         r"|Cannot open access to console, the root account is locked|Give root password for maintenance",
         "it ended in emergency mode: often a filesystem of /etc/fstab that is not there, or is damaged",
         "fs.fstab.foreign, fs.fstab.devname",
@@ -57,7 +58,9 @@ SYMPTOMS: Final = (
     ),
     _symptom(r"No working init found|Attempted to kill init", "there is no usable init on the root filesystem"),
     _symptom(r"Kernel panic", "the kernel panicked"),
-    _symptom(r"^\s*\(initramfs\)|Enter 'help' for a list of built-in commands", "it ended in the initramfs' shell"),
+    _symptom(
+        r"^[ \t]{0,8}\(initramfs\)|Enter 'help' for a list of built-in commands", "it ended in the initramfs' shell"
+    ),
     _symptom(
         r"grub rescue>",
         "GRUB did not find its files",
@@ -83,7 +86,9 @@ NO_BOOT_CODE: Final = _symptom(
     "boot.loader",
 )
 LOGIN: Final = re.compile(r"(?<!last )\blogin:", re.IGNORECASE)
-_CONTROLS = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07]*\x07|[()][0-9A-B]|[=>78cDEHM])|[\x00-\x08\x0b-\x1f\x7f]")
+_CONTROLS = re.compile(
+    r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]{0,256}\x07|[()][0-9A-B]|[=>78cDEHM])|[\x00-\x08\x0b-\x1f\x7f]"
+)
 
 
 def plain(text: str) -> str:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 import zlib
 from pathlib import Path
 from signal import SIGKILL
@@ -63,6 +64,15 @@ def test_a_guest_that_failed_is_told_by_what_it_said(said: str) -> None:
 )
 def test_a_guest_that_did_not_fail_is_not_blamed(said: str) -> None:
     assert find_symptom(said) is None
+
+
+@pytest.mark.parametrize("said", ["\n", "\x1b]", "dracut-initqueue: Warning: ", "Dependency failed for ", "ALERT! "])
+def test_a_guest_that_says_the_same_for_ever_is_judged_in_no_time(said: str) -> None:
+    """All of the log is judged, again and again: what a guest writes must not make that slow."""
+    log = said * (400_000 // len(said))
+    begun = time.process_time()
+    assert find_symptom(plain(log)) is None
+    assert time.process_time() - begun < 2, "a tenth of a second, usually"
 
 
 def test_every_rule_that_is_named_is_one() -> None:
