@@ -201,10 +201,14 @@ class WebClient:
         """Store a file."""
         return await self.send(operation, "PUT", url, headers, body)
 
-    async def delete(self, url: str) -> None:
-        """Remove a file; one that is not there is fine."""
+    async def delete(self, url: str, condition: Mapping[str, str] | None = None) -> None:
+        """Remove a file; one that is not there is fine.
+
+        Args:
+            condition: headers such as If-Match, for servers that heed them. Raises WebError 412 where it is not met.
+        """
         try:
-            await self.send("delete", "DELETE", url)
+            await self.send("delete", "DELETE", url, condition)
         except WebError as error:
             if error.status not in (404, 410):
                 raise

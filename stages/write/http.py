@@ -1,8 +1,9 @@
 """Write the image to a web server in one PUT: WebDAV, a plain server that takes files, or a presigned URL.
 
 A WebDAV server gets it under a temporary name, and a MOVE makes it the result in one step. Elsewhere the PUT goes to
-the name itself, and what a server kept of one that was cut short is removed again. One PUT can't be gone on with: where
-the line fails, it is sent again from its first byte, which is read from the disk once more.
+the name itself: what lies there after a PUT that broke off is removed only where it is proven to be ours, by the
+server's word on the state we made or by its bytes. One PUT can't be gone on with: where the line fails, it is sent
+again from its first byte, which is read from the disk once more.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import anyio
 
 from pipeline.config.options import Secret, without_secrets
-from pipeline.errors import LeftBehindError, PlanError, StageError, StoreError, first_error
+from pipeline.errors import FormatError, LeftBehindError, PlanError, StageError, StoreError, first_error
 from pipeline.events import PartReplayed, UploadOpened, UploadRemoved
 from pipeline.flow.channels import Inlet, Outlet
 from pipeline.flow.items import Piece, RangeReader, Receipt, StoredImage
@@ -33,7 +34,7 @@ from stages.write.partial import partial_name
 # aiohttp is imported where a server is really talked to.
 if TYPE_CHECKING:
     from pipeline.flow.retry import Retry, RetryPolicy
-    from stages.store.digests import Buffer
+    from stages.store.digests import Buffer, Sums
     from stages.store.http import Timeouts
     from stages.store.webdav import WebClient, WebFile, WebTarget
     from stages.write.bodies import StreamedBody
@@ -49,6 +50,8 @@ _LOOK_EVERY_S = 1.0
 _ZEROS_AT_ONCE = 64 * MiB
 # Windows between the chain and the connection: one is sent, one waits, one comes.
 _HELD = 12 * MiB
+# A file whose bytes are compared with what was sent is read in such pieces.
+_COMPARED_AT_ONCE = 4 * MiB
 _FRAMING = frozenset({"content-length", "transfer-encoding", "host", "connection", "expect"})
 
 
@@ -141,6 +144,8 @@ class HttpWriter:
         self._stored = anyio.Event()
         self._md5 = ""
         self._etag = ""
+        self._sums: Sums | None = None  # of the image, once all of it came
+        self._manifest = b""
         self._is_published = False
         # Every URL under which this run may have left a file, and its state; None: not known, or nobody else's name.
         self._made: dict[str, WebFile | None] = {}
@@ -313,8 +318,7 @@ class HttpWriter:
                 raise first_error(group) from group
             finally:
                 body.discard()
-            sums = body.sums
-            self._md5 = sums.md5.hex() if sums is not None and sums.md5 else ""
+            self._md5 = self._sums.md5.hex() if self._sums is not None and self._sums.md5 else ""
             await self._see_stored(planned)
         except BaseException as error:
             await self._take_back(error)
@@ -344,6 +348,7 @@ class HttpWriter:
             )
         self._is_ended = True
         body.finish()
+        self._sums = body.sums
 
     async def _feed_piece(self, piece: Piece, body: StreamedBody) -> None:
         from stages.write.bodies import Segment
@@ -374,28 +379,83 @@ class HttpWriter:
         self._stored.set()
 
     async def _put(self, body: StreamedBody) -> None:
+        from stages.store.webdav import WebError
+
         planned = self._after_planning()
         client, url = planned.client, planned.writing
-        is_again = self._attempts > 0 and not planned.target.is_signed
-        if is_again and await planned.retry.call("look", lambda: self._is_stored_already(planned, body)):
+        is_again, is_signed = self._attempts > 0, planned.target.is_signed
+        look = partial(self._is_stored_already, planned, body)
+        if is_again and not is_signed and await planned.retry.call("look", look):
             return
         self._attempts += 1
-        headers = {} if planned.target.is_signed else {"Content-Type": "application/octet-stream"}
+        headers = {} if is_signed else {"Content-Type": "application/octet-stream"}
         if not planned.moves and not self._options.overwrite:
             headers["If-None-Match"] = "*"
         announced = planned.length is not None
-        reply = await client.put(url, _Whole(body, lambda: announced or self._is_ended), headers)
+        try:
+            reply = await client.put(url, _Whole(body, lambda: announced or self._is_ended), headers)
+        except WebError as error:
+            if error.status != 412 or is_again or is_signed:
+                raise
+            del self._made[url]  # the server stored nothing of ours
+            raise self._appeared(url) from None
         self._etag = reply.header("etag").strip('"').lower()
 
     async def _is_stored_already(self, planned: _Planned, body: StreamedBody) -> bool:
-        """Whether the attempt before this one made it after all; removes what a server kept of one that was cut."""
+        """Whether the attempt before this one made it after all. Raises StoreError where the name may not be ours."""
         found = await planned.client.state(planned.writing)
         if found is None or found == planned.before:
             return False
-        if self._is_ended and found.size == body.length:
+        is_whole = self._is_ended and found.size == body.length
+        if is_whole and (planned.moves or await self._has_our_bytes(planned.writing, found)):
             return True
-        await planned.client.delete(planned.writing)
+        if planned.moves:  # a name of ours alone
+            await planned.client.delete(planned.writing)
+        elif not self._options.overwrite:
+            raise self._unclear(planned.writing, found)
         return False
+
+    def _unclear(self, url: str, found: WebFile) -> StoreError:
+        """Nothing tells whether a file is what the server kept of our PUT, or somebody else's."""
+        planned = self._after_planning()
+        return StoreError(
+            "a file came under the target's name while the PUT was under way; it is what the server kept of it, "
+            "or somebody else's, and was left alone",
+            operation="put",
+            uri=planned.target.shown(url),
+            size=found.size if found.size >= 0 else None,
+            hint=f"Look at it; if nobody misses it: {planned.client.command('DELETE', url)}",
+        )
+
+    async def _has_our_bytes(self, url: str, found: WebFile) -> bool:
+        """Whether a file is, byte by byte, what this run sent. Raises StoreError: the server failed for a moment."""
+        from stages.store.digests import Algorithm, RunningSums
+        from stages.store.web import open_web_reader
+
+        planned = self._after_planning()
+        if url == planned.manifest:
+            expected = RunningSums(Algorithm.CRC64NVME)
+            expected.update(self._manifest)
+            length, wanted = len(self._manifest), expected.value().crc64nvme
+        else:
+            length, wanted = self._position, self._sums.crc64nvme if self._sums is not None else None
+        if wanted is None or found.size != length:
+            return False
+        running = RunningSums(Algorithm.CRC64NVME)
+        try:
+            async with open_web_reader(
+                url, ca_file=self._options.ca_file, headers=planned.headers, timeouts=self._timeouts
+            ) as reader:
+                for offset in range(0, length, _COMPARED_AT_ONCE):
+                    data = await reader.read(offset, min(_COMPARED_AT_ONCE, length - offset))
+                    await self._in_thread(partial(running.update, data))
+        except (PlanError, FormatError):
+            return False  # one that can't be read by ranges, or changes meanwhile
+        except StoreError as error:
+            if error.temporary:
+                raise
+            return False
+        return running.value().crc64nvme == wanted
 
     async def _see_stored(self, planned: _Planned) -> None:
         """The server says that it has the whole file. Raises StoreError."""
@@ -455,6 +515,7 @@ class HttpWriter:
         from stages.store.http import BytesBody
 
         body, headers = BytesBody(manifest), {"Content-Type": "application/json"}
+        self._manifest = manifest
         if planned.moves:
             partial_url = planned.writing + MANIFEST_SUFFIX
             if not await self._is_there(partial_url, len(manifest)):
@@ -465,6 +526,8 @@ class HttpWriter:
         is_first = planned.manifest not in self._made and not self._options.overwrite
         if is_first and await planned.client.state(planned.manifest) is not None:
             raise self._appeared(planned.manifest)
+        if is_first:
+            headers["If-None-Match"] = "*"
         if not await self._is_there(planned.manifest, len(manifest)):
             self._made[planned.manifest] = None
             await planned.client.put(planned.manifest, body, headers, "put_manifest")
@@ -495,7 +558,14 @@ class HttpWriter:
                     raise self._appeared(target) from None
                 raise
 
-        await planned.retry.call("move", move)
+        # Before it is asked for: a run that is cancelled meanwhile finds it there.
+        self._made[target] = expected
+        try:
+            await planned.retry.call("move", move)
+        except StoreError as error:
+            if not error.temporary:
+                del self._made[target]
+            raise
         del self._made[source]
         found = await planned.retry.call("look", lambda: client.state(target))
         if found is None or (expected is not None and found.size != expected.size):
@@ -545,13 +615,27 @@ class HttpWriter:
             return
         found = await self._found(client, url)
         is_target = url in (planned.target.address.url, planned.manifest)
-        is_ours = found is not None and (found != planned.before if noted is None else found == noted)
-        if found is not None and (is_ours or not is_target):
-            await client.delete(url)
+        if found is not None and (not is_target or await self._is_ours(url, noted, found)):
+            is_strong = bool(found.etag) and not found.etag.startswith("W/")
+            await client.delete(url, {"If-Match": found.etag} if is_strong else {})
             if await client.state(url) is not None:
                 raise StoreError("the file is still there", temporary=True, operation="abort", url=without_secrets(url))
             self._context.emit(UploadRemoved(uri=planned.target.shown(url), how="removed"))
         del self._made[url]
+
+    async def _is_ours(self, url: str, noted: WebFile | None, found: WebFile) -> bool:
+        """Whether what has the target's name, or the manifest's, is of this run. Raises StoreError: nobody knows."""
+        planned = self._after_planning()
+        if noted is None and url != planned.manifest and found == planned.before:
+            return False
+        # A size alone says nothing: two images of one disk have the same.
+        if found == noted and (noted.etag or noted.modified):
+            return True
+        if await self._has_our_bytes(url, found):
+            return True
+        if noted is None:
+            raise self._unclear(url, found)
+        return False
 
     async def _found(self, client: WebClient, url: str) -> WebFile | None:
         """The file; one whose last byte was sent may appear a moment later."""

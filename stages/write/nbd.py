@@ -135,13 +135,21 @@ class NbdTarget:
         """Send again what was under way when a connection was lost.
 
         A part of it may have been acknowledged before the loss while the rest waited for the server to come back. It is
-        noted only when all of it is through, so the comparison after that loss would not have known it.
+        noted only when all of it is through, so the comparison after that loss would not have known it. A server that
+        is lost every time is given up after as many times as a request is sent.
         """
-        while True:
+        times = max(2, self._options.attempts)  # the loss may have been that of a connection that had nothing to do
+        for _ in range(times):
             losses = self._client.losses
             await send()
             if self._client.losses == losses:
                 return
+        raise StoreError(
+            f"connections were lost each of the {times} times that this was sent",
+            operation="write",
+            url=self.uri,
+            hint="Look at the server's log: is it restarted again and again, does it run out of memory?",
+        )
 
     async def _note(self, offset: int, length: int, checksum: int | None) -> None:
         self._unsure.append((offset, length, checksum))

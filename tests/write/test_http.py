@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from urllib.parse import quote
+from typing import Any
+from urllib.parse import quote, unquote
 
 import anyio
 import anyio.to_thread
@@ -399,20 +400,114 @@ async def test_cancelled_put_leaves_nothing(target: Target, folder: str) -> None
     assert target.left == []
 
 
-async def test_file_that_a_server_kept_of_a_cut_put_is_removed(target: Target) -> None:
-    """Some servers store what they have of a PUT that broke off; nginx does not, so the test does it in its place."""
-    target.folder, target.scheme = "plain", "http"
-    rules = [Rule(StallRequest(after_bytes=4 * MiB), method="PUT")]
+async def cut_while(target: Target, act: Callable[[Path], object], *, cancels: bool, options: str = "") -> Exception:
+    """Export, and do something to the file on the server while 4 MiB of the PUT are there; how that ended.
+
+    Args:
+        act: gets the path that the PUT writes to.
+        cancels: the run is cancelled then; else the connection is lost.
+    """
+    rules = [Rule(StallRequest(after_bytes=4 * MiB), method="PUT", when=Nth(1))]
+    ended: list[Exception] = []
+
+    async def attempt() -> None:
+        try:
+            await target.export(options=options)
+        except Exception as error:
+            ended.append(error)
+
     async with FaultProxy(target.server.port, rules=rules) as proxy:
         target.port = proxy.port
         with anyio.fail_after(20):
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(target.export)
+                tasks.start_soon(attempt)
                 await proxy.until(lambda: any(seen.is_stalled for seen in proxy.seen))
-                target.path.write_bytes(b"A" * 1000)
-                tasks.cancel_scope.cancel()
+                act(target.path.with_name(unquote(proxy.requests("PUT")[0].path.rpartition("/")[2])))
+                if cancels:
+                    tasks.cancel_scope.cancel()
+                else:
+                    proxy.cut()
+                    proxy.mend()
+    return ended[0] if ended else Exception("none")
+
+
+# Some servers store what they have of a PUT that broke off; nginx does not, so the tests do it in its place.
+
+
+async def test_what_a_webdav_server_kept_of_a_cut_put_is_removed(target: Target) -> None:
+    await cut_while(target, lambda path: path.write_bytes(b"A" * 1000), cancels=True)
     assert target.left == []
     assert [event for event in target.events if isinstance(event, UploadRemoved)]
+
+
+async def test_what_came_under_the_targets_name_is_left_alone_and_named_with_the_command(target: Target) -> None:
+    """It may be what the server kept of the PUT, or somebody else's."""
+    target.folder, target.scheme = "plain", "http"
+    error = await cut_while(target, lambda path: path.write_bytes(b"A" * 1000), cancels=True)
+    assert isinstance(error, LeftBehindError)
+    assert target.path.read_bytes() == b"A" * 1000
+    assert "curl --fail --request DELETE http://" in error.commands[0]
+    assert "or somebody else's" in str(error)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+async def test_what_came_meanwhile_is_neither_replaced_nor_taken_for_the_image(target: Target, whole: bool) -> None:
+    """Also where it is as long as the image, as another one of this disk is."""
+    target.folder, target.scheme = "plain", "http"
+    theirs = b"A" * (target.tmp.joinpath("disk").stat().st_size if whole else 1000)
+    error = await cut_while(target, lambda path: path.write_bytes(theirs), cancels=False)
+    assert isinstance(error, LeftBehindError)
+    assert target.path.read_bytes() == theirs
+
+
+async def test_what_came_meanwhile_is_replaced_where_that_was_asked_for(target: Target) -> None:
+    target.folder, target.scheme = "plain", "http"
+    await cut_while(target, lambda path: path.write_bytes(b"A"), cancels=False, options="overwrite = true")
+    assert target.path.read_bytes() == target.tmp.joinpath("disk").read_bytes()
+
+
+async def test_another_image_of_the_same_length_is_not_taken_for_ours_after_a_lost_answer(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = mixed(3 * MiB)
+    target.folder, target.scheme = "plain", "http"
+    async with FaultProxy(target.server.port, rules=[Rule(LoseReply(), method="PUT", when=Nth(1))]) as proxy:
+        target.port = proxy.port
+        async with target.planned(image) as (writer, _):
+            look = writer._is_stored_already
+
+            async def replaced(*given: Any) -> bool:
+                target.path.write_bytes(b"A" * image.size)
+                return await look(*given)
+
+            monkeypatch.setattr(writer, "_is_stored_already", replaced)
+            with pytest.raises(LeftBehindError):
+                await writer.run(image.pieces(), Collected())
+    assert target.path.read_bytes() == b"A" * image.size
+
+
+async def test_server_that_heeds_conditions_says_itself_that_the_target_appeared(target: Target) -> None:
+    target.folder, target.scheme = "plain", "http"
+    async with FaultProxy(target.server.port, rules=[Rule(Reply(status=412, when="body"), method="PUT")]) as proxy:
+        target.port = proxy.port
+        with pytest.raises(StoreError, match="appeared while") as caught:
+            await target.store(mixed(MiB))
+        assert not isinstance(caught.value, LeftBehindError)
+        assert proxy.requests("PUT")[0].headers["if-none-match"] == "*"
+        assert not proxy.requests("DELETE")
+
+
+async def test_what_is_removed_is_named_by_its_state(target: Target) -> None:
+    """So that a server that heeds it does not remove what came a moment ago."""
+    target.folder, target.scheme = "plain", "http"
+    async with FaultProxy(target.server.port) as proxy:
+        target.port = proxy.port
+        async with target.planned(mixed(MiB)) as (writer, _):
+            await writer.run(mixed(MiB).pieces(), Collected())
+            await writer.withdraw()
+        (removed,) = proxy.requests("DELETE")
+    assert removed.headers["if-match"].startswith('"')
+    assert target.left == []
 
 
 async def test_file_that_cannot_be_removed_is_named_with_the_command(target: Target) -> None:

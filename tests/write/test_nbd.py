@@ -217,6 +217,23 @@ async def test_what_was_under_way_in_a_restart_is_sent_again(case: Case, monkeyp
         assert (await case.to(server.url())).state == "identical"
 
 
+async def test_a_server_that_is_lost_again_and_again_is_given_up(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it comes back: each time some of the batch may have gone to one that is gone."""
+    plain = store_nbd.NbdClient.write
+    sent: list[int] = []
+
+    async def write(self: store_nbd.NbdClient, parts: Sequence[tuple[int, memoryview]]) -> None:
+        await plain(self, parts)
+        sent.extend(offset for offset, _ in parts)
+        self.losses += 1  # as if a connection had been found broken
+
+    monkeypatch.setattr(store_nbd.NbdClient, "write", write)
+    with NbdServer("nbdkit", "memory", "64M") as server:
+        with pytest.raises((StoreError, LeftBehindError), match="lost each of the 3 times"):
+            await case.to(server.url(), "attempts = 3")
+    assert max(sent.count(offset) for offset in sent) == 3
+
+
 def _restart_during_the_third_write(server: NbdServer, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = writer.NbdTarget.write
     calls = 0
