@@ -235,8 +235,9 @@ class BlockWriter:
         await self._target.flush()
 
     async def abort(self, cause: BaseException) -> None:
-        """Make begin and end zero, shielded, within ABORT_DEADLINE_S. Raises LeftBehindError."""
-        await self._take_back(cause)
+        """If anything was written, make begin and end zero within ABORT_DEADLINE_S. Raises LeftBehindError."""
+        if self._is_begun:
+            await self._take_back(cause)
 
     # -- verify, publish, withdraw ---------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ import pytest
 
 from tests.stores.azurite import AzureServer, Azurite
 from tests.stores.gcs import GcsEmulator, GcsServer
+from tests.stores.nbd import NbdFolder, NbdServer
 from tests.stores.nginx import Nginx, WebServer
 from tests.stores.openssh import OpenSsh, SftpServer
 from tests.stores.process import ProcessIdentity, end_run, run_folder, sweep, this_process
@@ -127,6 +128,14 @@ def azure_server() -> AzureServer:
 def gcs_server() -> GcsServer:
     """The session's emulator of GCS; a test takes a bucket of its own."""
     return _shared(GcsEmulator, "gcs").server
+
+
+@pytest.fixture(scope="session")
+def nbd_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NbdFolder]:
+    """An nbdkit whose exports are files; a test makes files of its own."""
+    folder = tmp_path_factory.mktemp("exports")
+    with NbdServer("nbdkit", "file", f"dir={folder}") as server:
+        yield NbdFolder(folder, server)
 
 
 @pytest.fixture

@@ -9,11 +9,24 @@ from __future__ import annotations
 import shutil
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
 from tests.stores.process import Command, ProcessIdentity, ServerError, ServerProcess, free_ports, fresh_folder
 from tests.stores.tls import make_certificate
+
+
+@dataclass(frozen=True, slots=True)
+class NbdFolder:
+    """A server whose exports are the files of a folder, by their names."""
+
+    folder: Path
+    server: NbdServer
+
+    def url(self, export: str) -> str:
+        """Of a file."""
+        return self.server.url(export)
 
 
 class NbdServer:
