@@ -207,14 +207,18 @@ class GcsClient:
     # -- resumable uploads -------------------------------------------------------------------------------------------
 
     async def open_session(self, name: str, *, replace: bool) -> str:
-        """Begin an upload; its URL, which is as good as a password for a week."""
+        """Begin an upload; its URL below the endpoint, which is as good as a password for a week."""
         query = f"uploadType=resumable&name={quote(name, safe='')}" + ("" if replace else "&ifGenerationMatch=0")
         headers = {"Content-Type": "application/json", "X-Upload-Content-Type": "application/octet-stream"}
         target = f"/upload/storage/v1/b/{quote(self.bucket, safe='')}/o?{query}"
         reply = await self.send("open", "POST", target, headers, b"{}")
         if not reply.header("location"):
             raise StoreError("the store named no upload session", operation="open")
-        return reply.header("location")
+        # Without the origin, which is the endpoint's: a later process may reach the store by another way.
+        found = urlsplit(urljoin(self.access.endpoint, reply.header("location")))
+        if found[:2] != urlsplit(self.access.endpoint)[:2]:
+            raise StoreError("the store sends us to another host", operation="open", host=found.hostname)
+        return f"{found.path}?{found.query}"
 
     async def send_chunk(
         self, session: str, body: SendBody | None, span: str, operation: str

@@ -6,6 +6,7 @@ Source: Google Cloud, "HMAC keys"; "Using OAuth 2.0 for server to server applica
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import time
@@ -128,6 +129,34 @@ class ServiceAccount:
         return f"{text}.{_encoded(key.sign(text.encode(), padding.PKCS1v15(), hashes.SHA256()))}"
 
 
+def lock_session(access: GcsAccess, session: str) -> str:
+    """A session's URL as a journal may have it: whoever has the URL itself may finish the upload, without any login.
+
+    Only the service account's key opens it again. An emulator asks nobody who he is, and its URLs stay as they are.
+    """
+    return (
+        session if access.account is None or not session else _cipher(access.account).encrypt(session.encode()).decode()
+    )
+
+
+def unlock_session(access: GcsAccess, locked: str) -> str:
+    """What `lock_session` was given; empty where another account's key locked it."""
+    if access.account is None or not locked:
+        return locked
+    from cryptography.fernet import InvalidToken
+
+    try:
+        return str(_cipher(access.account).decrypt(locked.encode()).decode())
+    except InvalidToken:
+        return ""
+
+
+def _cipher(account: ServiceAccount) -> Any:
+    from cryptography.fernet import Fernet
+
+    return Fernet(base64.urlsafe_b64encode(hashlib.sha256(b"upload session " + account.private_key.encode()).digest()))
+
+
 class BearerSigner:
     """Puts a token of a service account on every request, and gets a new one before it ends. One event loop."""
 
@@ -148,6 +177,10 @@ class BearerSigner:
             if time.time() > self._ends - _EARLY_S:
                 await self._refresh(self._account)
         return {**headers, "Authorization": f"Bearer {self._token}"}
+
+    async def renew(self, used: Mapping[str, str]) -> bool:
+        """Tokens are got anew before they end."""
+        return False
 
     async def _refresh(self, account: ServiceAccount) -> None:
         now = time.time()

@@ -43,6 +43,10 @@ _THROTTLED_CODES = frozenset({"SlowDown", "Throttling", "ThrottlingException", "
 _XML_SPACE = re.compile(r"\{[^}]*\}")
 
 
+# A session token that has ended, or was withdrawn. Source: Amazon S3 API Reference, "List of error codes".
+_ENDED_CODES = frozenset({"ExpiredToken", "InvalidToken", "TokenRefreshRequired"})
+
+
 class S3Error(StoreError):
     """An error reply.
 
@@ -264,7 +268,14 @@ class S3Client:
         reply = await self._http.request(method, url, signed, sent, operation=operation, reply_max=reply_max)
         self._note_time(reply)
         if not 200 <= reply.status < 300:
-            self._refuse(reply, operation, key)
+            try:
+                self._refuse(reply, operation, key)
+            except S3Error as error:
+                # HEAD is answered without a code.
+                has_ended = error.code in _ENDED_CODES or (not error.code and error.status in (400, 403))
+                if has_ended and await self.signer.renew(signed):
+                    error.temporary, error.retry_after_s = True, 0.0
+                raise
         return reply
 
     def _note_time(self, reply: Reply) -> None:
@@ -301,13 +312,9 @@ class S3Client:
 
     def _hint(self, code: str, status: int, region: str) -> str:
         who = f"The credentials are from {self.signer.source}."
-        if code in (
-            "InvalidAccessKeyId",
-            "SignatureDoesNotMatch",
-            "InvalidToken",
-            "ExpiredToken",
-            "TokenRefreshRequired",
-        ):
+        if code in _ENDED_CODES:
+            return f"{who} They have ended: get new ones, then go on with --resume where it is offered."
+        if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch"):
             return f"{who} Check key, secret, and that they belong to this store."
         if code == "RequestTimeTooSkewed":
             return f"The clock of this machine is {abs(self.skew_s):.0f} s away from the store's: set it."

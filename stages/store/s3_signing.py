@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import anyio
 import anyio.to_thread
 import botocore.auth
 import botocore.awsrequest
@@ -56,13 +57,23 @@ class RequestSigner(Protocol):
         """All the headers of a request; sign anew for each attempt. `body` is None for that of a part."""
         ...
 
+    async def renew(self, used: Mapping[str, str]) -> bool:
+        """The store says that the credentials of a request, by its signed headers, have ended: are there others now?"""
+        ...
+
 
 class Signer:
-    """Signs requests as one identity of the standard AWS chain: looked up once, refreshed when it expires."""
+    """Signs requests as one identity of the standard AWS chain: looked up once, refreshed when it expires.
 
-    def __init__(self, credentials: Any, region: str) -> None:
-        """Use `credentials` of botocore for `region`."""
+    Session tokens that a program outside writes anew into a file have no time of expiry: the chain is asked once more
+    when the store says that they have ended.
+    """
+
+    def __init__(self, credentials: Any, region: str, *, is_of_chain: bool = False) -> None:
+        """Use `credentials` of botocore for `region`; those of the AWS chain can be looked up again."""
         self._credentials = credentials
+        self._is_of_chain = is_of_chain
+        self._renewing = anyio.Lock()
         self.region = region
 
     @property
@@ -77,14 +88,37 @@ class Signer:
             url: quoted already.
             body: of a short request, which is hashed into the signature; None for the unsigned body of a part.
         """
-        if isinstance(self._credentials, botocore.credentials.RefreshableCredentials):
-            frozen = await anyio.to_thread.run_sync(self._credentials.get_frozen_credentials)  # may ask the network
-        else:
-            frozen = self._credentials.get_frozen_credentials()
+        frozen = await self._frozen()
         request = botocore.awsrequest.AWSRequest(method=method, url=url, headers=dict(headers), data=body or b"")
         request.context["client_config"] = _UNSIGNED if body is None else _SIGNED
         botocore.auth.S3SigV4Auth(frozen, "s3", self.region).add_auth(request)
         return {str(name): str(value) for name, value in request.headers.items()}
+
+    async def renew(self, used: Mapping[str, str]) -> bool:
+        """Look the credentials up again, unless another request did so meanwhile; True where there are others now."""
+        if not self._is_of_chain:
+            return False
+        async with self._renewing:
+            if await self._was_used(used):
+                try:
+                    found = await anyio.to_thread.run_sync(_find_credentials)
+                except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, OSError):
+                    return False
+                self._credentials = found or self._credentials
+            return not await self._was_used(used)
+
+    async def _frozen(self) -> Any:
+        """What the credentials are now."""
+        if isinstance(self._credentials, botocore.credentials.RefreshableCredentials):
+            return await anyio.to_thread.run_sync(self._credentials.get_frozen_credentials)  # may ask the network
+        return self._credentials.get_frozen_credentials()
+
+    async def _was_used(self, signed: Mapping[str, str]) -> bool:
+        """Whether a request was signed with what we have now."""
+        now = await self._frozen()
+        given = {name.lower(): value for name, value in signed.items()}
+        is_same_key = f"Credential={now.access_key}/" in given.get("authorization", "")
+        return is_same_key and given.get("x-amz-security-token", "") == (now.token or "")
 
 
 def key_signer(access_key: str, secret_key: str, region: str, source: str) -> Signer:
@@ -133,7 +167,7 @@ async def find_signer(region: str) -> Signer:
         ) from None
     if credentials is None:
         raise PlanError("there are no credentials for the store", operation="credentials", hint=_CREDENTIALS_HINT)
-    return Signer(credentials, region)
+    return Signer(credentials, region, is_of_chain=True)
 
 
 def _find_credentials() -> Any:

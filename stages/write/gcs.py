@@ -19,7 +19,16 @@ from pipeline.flow.channels import Inlet, Outlet
 from pipeline.flow.items import Piece, RangeReader, StoredImage
 from pipeline.flow.manifest import MANIFEST_SUFFIX
 from pipeline.flow.orders import HEAD_LAST_SINK, Order, PartLimits
-from pipeline.flow.stage import STORED_IMAGE, SinkPlan, SinkRequest, StageContext, StageSpec, option, pieces
+from pipeline.flow.stage import (
+    STORED_IMAGE,
+    SinkPlan,
+    SinkRequest,
+    StageContext,
+    StageSpec,
+    UploadJournal,
+    option,
+    pieces,
+)
 from pipeline.units import GiB, KiB, Size
 from stages.write import s3
 
@@ -45,7 +54,7 @@ class Options:
     url: str = option(doc="Where the image goes: gs://BUCKET/NAME.", example='"gs://images/web01.tar.gz"')
     upload: Literal["multipart", "resumable"] = option(
         "multipart",
-        doc="multipart: many parts at once, head last, --resume. resumable: one session, in order; service accounts.",
+        doc="multipart: many parts at once, head last. resumable: one session, in order; service accounts.",
     )
     hmac_key: str = option("", doc="Access key of an HMAC pair; else GS_ACCESS_KEY_ID.", may_change=True)
     hmac_secret: Secret | None = option(
@@ -171,14 +180,87 @@ class GcsSessionWriter:
         upload = GcsUpload(client, where.key, overwrite=options.overwrite)
         pacer = Pacer(context.clock, requests=1, limit=options.rate_limit, emit=context.emit, stage=context.name)
         self._planned = _Planned(name=where.key, client=client, retry=retry, pacer=pacer, upload=upload, plan=plan)
-        if context.journal is not None:
-            context.journal.begin_anew("a session of an earlier process is not gone on with")
-        await self._look_at_target(self._planned)
+        journal = context.journal
+        resume_at = await self._go_on(self._planned, journal) if journal is not None and journal.upload else 0
+        if journal is None or not journal.upload:
+            await self._look_at_target(self._planned)
         sink = plan.sink
         return replace(
             sink,
             summary=(*sink.summary, ("checksum", "CRC32C of the whole"), ("credentials", access.source)),
+            resume_at=resume_at,
         )
+
+    async def _go_on(self, planned: _Planned, journal: UploadJournal) -> int:
+        """Find out how far the session of an earlier process came, and take it over or remove what it made.
+
+        Returns:
+            image bytes below this are stored.
+        Raises:
+            PlanError: the target is somebody else's by now, or the session was in another store.
+        """
+        from pipeline.flow.retry import CLEANUP
+        from stages.store.gcs_access import unlock_session
+        from stages.write.kept import fitting, resume_offset, stored_part, sums_from_text
+
+        client, upload, plan, call = planned.client, planned.upload, planned.plan, planned.retry.call
+        state = journal.upload
+        session = unlock_session(client.access, state["session"])
+        if "whole" in state:
+            sent = [sums_from_text(state["whole"]["length"], state["whole"]["sums"])]
+        else:
+            sent = [stored_part(journal.parts[one]).sums for one in state.get("sealing", ()) if one in journal.parts]
+        found = await call("head", lambda: client.state(planned.name))
+        is_ours = upload.recognise(found, sent)
+        reached, complete = 0, None
+        if session and not is_ours:
+            try:
+                reached, complete = await call("resume", lambda: upload.ask(session))
+            except StoreError as error:
+                if error.status not in (404, 410):
+                    raise
+                session = ""
+        if journal.discards or (is_ours and "whole" in state):
+            await call("abort", upload.abort, CLEANUP)
+            journal.begin_anew("what was sent before has been removed")
+            return 0
+        if is_ours:  # complete and visible already: nothing is to be sent, it only has to be verified
+            return resume_offset(plan.parts, journal.parts)
+        if found is not None and complete is None and not self._options.overwrite:
+            raise PlanError(
+                "the target appeared since this export was begun",
+                operation="resume",
+                uri=upload.uri,
+                size=found.size,
+                hint="Somebody else wrote it. Move it away, or set overwrite = true in write.gcs.",
+            )
+        if not session or "whole" in state:
+            if state["endpoint"] != client.access.endpoint:
+                raise PlanError(
+                    "the session that was begun is not in this store",
+                    operation="resume",
+                    was=state["endpoint"],
+                    now=client.access.endpoint,
+                    hint="Resume with the endpoint that it was begun with, or start anew: --discard.",
+                )
+            journal.begin_anew(
+                "the session can't be gone on with: a store keeps it for a week, and only the account that began it "
+                "opens it again"
+            )
+            return 0
+        fits = fitting(plan.parts, journal.parts)
+        journal.drop_parts(
+            [
+                number
+                for number, part in journal.parts.items()
+                if number not in fits or part.start + part.length > reached
+            ]
+        )
+        offset = resume_offset(plan.parts, journal.parts)
+        following = next((part.number for part in plan.parts.body if part.number not in journal.parts), None)
+        if following is not None:
+            upload.go_on(following, offset)
+        return offset
 
     async def _look_at_target(self, planned: _Planned) -> None:
         client = planned.client
@@ -209,17 +291,22 @@ class GcsSessionWriter:
             LeftBehindError: it failed, and something may be left.
         """
         from stages.write.driver import PartDriver, abort_upload
+        from stages.write.kept import OrderedJournal
         from stages.write.paced import Paced
         from stages.write.retrying import Retrying
 
         planned = self._after_planning()
-        driven = Retrying(Paced(planned.upload, planned.pacer), planned.retry)
-        sealed = await PartDriver(driven, self._context, planned.plan).store(inlet)
+        upload, kept = planned.upload, self._context.journal
+        driven = Retrying(Paced(upload, planned.pacer), planned.retry)
+        journal = OrderedJournal(kept, upload.state) if kept is not None else None
+        sealed = await PartDriver(driven, self._context, planned.plan, journal).store(inlet)
+        if kept is not None:  # what removes it now is another command than before
+            kept.note_upload({**kept.upload, "commands": upload.leftovers()})
         try:
-            receipt = planned.upload.fetch_receipt
-            await outlet.send(StoredImage(planned.upload.uri, sealed.size, self._open_reader, receipt))
+            await outlet.send(StoredImage(upload.uri, sealed.size, self._open_reader, upload.fetch_receipt))
         except BaseException as error:
-            await abort_upload(driven, self._context, error)
+            if journal is None or not journal.keeps(error):
+                await abort_upload(driven, self._context, error)
             raise
 
     @asynccontextmanager
@@ -230,8 +317,31 @@ class GcsSessionWriter:
         yield await read_state(planned.client, planned.name, planned.retry)
 
     async def fetch_manifest(self) -> bytes | None:
-        """Nothing to go on with, so nobody asks."""
-        return None
+        """The manifest that stands beside the target; None where there is none. Raises StoreError."""
+        from pipeline.flow.retry import Retry, RetryPolicy
+        from stages.store.gcs import GcsClient
+        from stages.store.s3 import S3Url
+
+        where, options, context = S3Url.parse(self._options.url, "gs"), self._options, self._context
+        policy = self._retry_policy or RetryPolicy(attempts=options.attempts)
+        retry = Retry(policy, clock=context.clock, emit=context.emit, stage=context.name)
+        client = GcsClient(
+            where.bucket, _access(options), ca_file=options.ca_file, timeouts=self._timeouts, on_alive=retry.alive
+        )
+        name = where.key + MANIFEST_SUFFIX
+
+        async def fetch() -> bytes | None:
+            found = await client.state(name)
+            return await client.get_range(name, 0, found.size, found.generation) if found is not None else None
+
+        try:
+            return await retry.call("read_manifest", fetch)
+        except StoreError as error:
+            if error.temporary or error.status is None:
+                raise
+            return None  # planning says what is wrong
+        finally:
+            await client.close()
 
     async def publish(self, manifest: bytes) -> str:
         """Put the manifest beside the image. Raises StoreError, also where somebody else put one meanwhile."""

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
+from typing import Any
 
 from pipeline.errors import StoreError
 from pipeline.flow.grace import with_grace
 from pipeline.flow.items import Receipt
 from stages.store.digests import Algorithm, Buffer, Sums, combined_crc32c
 from stages.store.gcs import CHUNK_UNIT, GcsClient, GcsState
+from stages.store.gcs_access import lock_session
 from stages.store.http import BytesBody
 from stages.write.s3_upload import GRACE_S
 from stages.write.shapes import Body, Sealed, StoredPart
@@ -47,6 +49,46 @@ class GcsUpload:
     def algorithms(self) -> Algorithm:
         """The store keeps a CRC32C of the whole object."""
         return Algorithm.CRC32C
+
+    # -- in a journal ------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What a later process needs to find the session again."""
+        access = self._client.access
+        return {
+            "bucket": self._client.bucket,
+            "name": self._name,
+            "endpoint": access.endpoint,
+            "session": lock_session(access, self._session),
+            "commands": self.leftovers(),
+        }
+
+    async def ask(self, session: str) -> tuple[int, GcsState | None]:
+        """Take over the session of an earlier process: how much the store has, and the object where it is complete.
+
+        Raises:
+            StoreError: 404, 410: the store does not have it any more.
+        """
+        reached, complete = await self._client.send_chunk(session, None, "bytes */*", "resume")
+        self._session = session
+        self._maybe_visible = complete is not None
+        return reached, complete
+
+    def go_on(self, number: int, begin: int) -> None:
+        """The part of this number, at this offset of the image, is the next; some of it may be in the store."""
+        self._begins[number] = self._end = begin
+
+    def recognise(self, found: GcsState | None, sent: Sequence[Sums]) -> bool:
+        """Whether an object is the one that an earlier process made of these parts; then nothing is sent any more."""
+        self._expected = tuple(sent)
+        ours = self._crc32c()
+        length = sum(one.length for one in sent)
+        if found is None or not ours or (found.size, found.crc32c) != (length, ours):
+            return False
+        self.sealed_state, self._maybe_visible, self._session = found, True, ""
+        return True
+
+    # -- parts -------------------------------------------------------------------------------------------------------
 
     async def open(self) -> str:
         """Begin a session. One whose answer is lost holds nothing, and ends by itself after a week."""
@@ -107,6 +149,8 @@ class GcsUpload:
         """Send the end, which completes the object. Raises StoreError."""
         self._expected = tuple(part.sums for part in parts)
         size = sum(part.length for part in parts)
+        if self.sealed_state is not None:  # by an earlier process
+            return self._compared(self.sealed_state, size, "seal")
         if self._tail:
             begin = size - len(self._tail)
             return await self._finish(BytesBody(self._tail), f"bytes {begin}-{size - 1}/{size}", size, "seal")
@@ -126,6 +170,9 @@ class GcsUpload:
         if state is None:
             raise StoreError("the store did not complete the object", temporary=True, operation=operation)
         self._session, self.sealed_state = "", state
+        return self._compared(state, size, operation)
+
+    def _compared(self, state: GcsState, size: int, operation: str) -> Sealed:
         ours = self._crc32c()
         if state.size != size or (ours and state.crc32c and ours != state.crc32c):
             raise StoreError(

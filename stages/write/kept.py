@@ -113,3 +113,12 @@ class PartJournal:
     def keeps(self, error: BaseException) -> bool:
         """Whether the upload stays after this failure."""
         return self._journal.keeps(error)
+
+
+class OrderedJournal(PartJournal):
+    """Notes an upload whose bytes come in order: no part can be sent again once the store has it."""
+
+    @property
+    def resends(self) -> bool:
+        """Never."""
+        return False

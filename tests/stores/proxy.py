@@ -102,6 +102,10 @@ class FaultProxy(Relay):
         self._changed.set()
         self._changed = anyio.Event()
 
+    def _onward(self, head: Head) -> bytes:
+        """The head as the server gets it."""
+        return head.raw
+
     async def _stall(self, seen: Seen) -> None:
         seen.is_stalled = True
         released = self._released
@@ -260,7 +264,7 @@ class _Exchange:
 
     async def _pass_request(self, server: Wire) -> None:
         seen, fault = self._seen, self._seen.fault
-        await server.send(self._head.raw)
+        await server.send(self._proxy._onward(self._head))
         limit = max(1024, min(CHUNK, int(fault.bytes_per_s / 20))) if isinstance(fault, LimitRate) else CHUNK
         due = anyio.current_time()
         while span := await self._body.next(limit):

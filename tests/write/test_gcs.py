@@ -19,13 +19,16 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from pipeline.__main__ import main
-from pipeline.errors import ConfigError, PlanError, StoreError, VerificationError
+from pipeline.config.continuing import Attempt, Mode
+from pipeline.errors import ConfigError, KeptError, PlanError, StoreError, VerificationError
 from pipeline.events import Event, RetryScheduled
+from pipeline.flow import resume
 from pipeline.flow.engine import Outcome
 from pipeline.flow.orders import Order
 from pipeline.flow.stage import SinkRequest
 from pipeline.units import MiB
 from stages.store.gcs_access import BearerSigner, GcsAccess, ServiceAccount
+from stages.write import parts
 from stages.write.gcs import GcsPartsWriter, Options
 from tests.chains import export, write_toml
 from tests.disks.letters import write_disk
@@ -180,6 +183,96 @@ async def test_an_existing_target_a_missing_bucket_and_missing_credentials_are_t
             await bench.export(options=f'upload = "{upload}"')
 
 
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 1 MiB, and a point to go on from behind each."""
+    monkeypatch.setattr(parts, "BASE_PART", MiB)
+    monkeypatch.setattr(resume, "POINT_EVERY_S", 0.0)
+
+
+async def broken_off(bench: Bench, rule: Rule, options: str = 'upload = "resumable"') -> None:
+    """An export that fails for good, and is kept."""
+    async with FaultProxy(bench.server.port, rules=[rule]) as proxy:
+        bench.reach(proxy.url)
+        with pytest.raises(KeptError):
+            await export(bench.toml("verify.readback", options=options), attempt=Attempt(command="pipeline run x"))
+
+
+async def gone_on(bench: Bench, *rules: Rule, options: str = 'upload = "resumable"') -> tuple[Outcome, int]:
+    """The same in a later process, and how many bytes of the image it sent."""
+    async with FaultProxy(bench.server.port, rules=rules) as proxy:
+        bench.reach(proxy.url)
+        attempt = Attempt(mode=Mode.RESUME, command="pipeline run x")
+        outcome = await export(bench.toml("verify.readback", options=options), events=bench.events, attempt=attempt)
+        manifest = len(bench.server.get(bench.bucket, f"{NAME}.manifest.json"))
+        return outcome, sum(seen.body_bytes for seen in proxy.requests("PUT", query="upload_id=")) - manifest
+
+
+@pytest.mark.parametrize("with_account", [False, True])
+async def test_session_of_an_earlier_process_is_gone_on_with(
+    bench: Bench, small_parts: None, state_folder: Path, with_account: bool
+) -> None:
+    disk = write_disk(bench.tmp / "disk", "ABCDEFGHI" * 2, MiB, tail=512)
+    with token_server([(200, b'{"access_token": "t0ken"}')], []) as uri:
+        path, _ = key_file(bench.tmp, uri)
+        options = 'upload = "resumable"' + (f'; key_file = "{path}"' if with_account else "")
+        seventh = Rule(Reply(status=400, when="body"), method="PUT", query="upload_id=", when=Nth(7))
+        await broken_off(bench, seventh, options)
+        journal = b"".join(path.read_bytes() for path in state_folder.rglob("*.journal*"))
+        assert (b"upload_id" in journal) != with_account, "a session's URL needs no login"
+        outcome, sent = await gone_on(bench, options=options)
+    assert outcome.state == "identical"
+    assert sent == disk.stat().st_size - 6 * MiB
+    assert bench.server.get(bench.bucket, NAME) == disk.read_bytes()
+
+
+async def test_object_that_was_complete_and_not_published_is_not_sent_again(bench: Bench, small_parts: None) -> None:
+    write_disk(bench.tmp / "disk", "ABCDEFGHI", MiB, tail=512)
+    await broken_off(bench, Rule(Reply(status=400), method="POST", query="manifest"))
+    outcome, sent = await gone_on(bench)
+    assert outcome.state == "identical"
+    assert sent == 0
+
+
+async def test_session_that_the_store_forgot_is_begun_anew(bench: Bench, small_parts: None) -> None:
+    disk = write_disk(bench.tmp / "disk", "ABCDEFGHI", MiB, tail=512)
+    fifth = Rule(Reply(status=400, when="body"), method="PUT", query="upload_id=", when=Nth(5))
+    async with FaultProxy(bench.server.port, rules=[fifth]) as proxy:
+        bench.reach(proxy.url)
+        with pytest.raises(KeptError):
+            await export(bench.toml(), attempt=Attempt(command="pipeline run x"))
+        proxy.set_rules(Rule(Reply(status=410, when="body"), method="PUT", when=Nth(1)))
+        attempt = Attempt(mode=Mode.RESUME, command="pipeline run x")
+        await export(bench.toml(), events=bench.events, attempt=attempt)
+    assert bench.server.get(bench.bucket, NAME) == disk.read_bytes()
+    assert "keeps it for a week" in str(bench.events)
+
+
+async def test_session_of_another_store_is_not_looked_for_here(bench: Bench, small_parts: None) -> None:
+    write_disk(bench.tmp / "disk", "ABCDEFGHI", MiB, tail=512)
+    await broken_off(bench, Rule(Reply(status=400, when="body"), method="PUT", query="upload_id=", when=Nth(5)))
+    gone = Rule(Reply(status=404, when="body"), method="PUT", when=Nth(1))
+    async with FaultProxy(bench.server.port, rules=[gone]) as proxy:
+        bench.reach(proxy.url)
+        with pytest.raises(PlanError, match="not in this store") as caught:
+            await export(bench.toml(), attempt=Attempt(mode=Mode.RESUME, command="pipeline run x"))
+    assert "--discard" in caught.value.hint
+
+
+async def test_disk_that_changed_is_not_mixed_into_a_session(bench: Bench, small_parts: None) -> None:
+    disk = write_disk(bench.tmp / "disk", "ABCDEFGHI", MiB, tail=512)
+    await broken_off(bench, Rule(Reply(status=400, when="body"), method="PUT", query="upload_id=", when=Nth(5)))
+    with disk.open("r+b") as file:
+        file.seek(2 * MiB + 5)
+        file.write(b"changed")
+    bench.reach(bench.server.endpoint)
+    attempt = Attempt(mode=Mode.RESUME, command="pipeline run x")
+    with pytest.raises(KeptError) as caught:
+        await export(bench.toml(), attempt=attempt)
+    assert "other bytes than an earlier process" in str(caught.value.cause)
+    assert bench.server.names(bench.bucket) == []
+
+
 def test_conversion_goes_to_and_comes_from_a_bucket(bench: Bench, seaweedfs: S3Server) -> None:
     """Writing takes the default, parts; what the emulator does not know is read from the S3 store here."""
     back, bucket = bench.tmp / "back.raw", seaweedfs.new_bucket()
@@ -213,13 +306,13 @@ async def test_parts_go_up_with_an_hmac_key_in_the_dialect_of_gcs(
         outcome = await bench.export(
             "verify.readback", encoder="encode.qcow2", options=f'{key}; endpoint = "{proxy.url}"'
         )
-        parts = proxy.requests("PUT", query="partNumber=")
+        sent = proxy.requests("PUT", query="partNumber=")
     assert outcome.state == "identical"
     assert outcome.uri == bench.url
     assert seaweedfs.keys(bench.bucket) == [NAME, f"{NAME}.manifest.json"]
     assert disk.stat().st_size == outcome.disk_size
-    assert parts
-    assert all("content-md5" in seen.headers for seen in parts)
+    assert sent
+    assert all("content-md5" in seen.headers for seen in sent)
     assert not any(name.startswith(("x-amz-checksum", "x-goog")) for seen in proxy.seen for name in seen.headers)
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import ConfigError
-from pipeline.events import Event, PartStored
+from pipeline.errors import ConfigError, LeftBehindError, StoreError
+from pipeline.events import Event, PartStored, RetryScheduled
 from pipeline.units import MiB
 from stages.write.s3 import Options, S3Writer
 from tests.chains import export, write_toml
 from tests.disks.letters import write_disk
+from tests.stores.front import FrontDoor, Session
 from tests.stores.proxy import FaultProxy
 from tests.stores.s3 import S3Server
 from tests.write.images import make_context, mixed
@@ -118,3 +119,62 @@ async def test_credentials_that_end_are_fetched_anew_during_a_run(
     outcome = await export(chain(tmp_path, seaweedfs.new_bucket(), seaweedfs.endpoint, "parts_in_flight = 1"))
     assert outcome.state == "identical"
     assert len((tmp_path / "calls").read_text()) > 3
+
+
+def _session(number: int, requests: int) -> Session:
+    return Session(
+        access_key=f"ASIA{number}", secret_key=f"secret of {number}", token=f"token/of+{number}==", requests=requests
+    )
+
+
+@pytest.fixture
+def by_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The file that the AWS chain takes credentials from."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    path = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(path))
+    monkeypatch.setenv("AWS_REGION", "eu-north-1")
+    return path
+
+
+async def test_session_tokens_that_end_on_the_way_are_taken_anew_and_buckets_stand_in_host_names(
+    seaweedfs: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_file: Path
+) -> None:
+    """A program outside writes new ones into the file, as those of single sign-on do; they say no time of expiry."""
+    first, second = _session(1, 6), _session(2, 1000)
+    by_file.write_text(first.in_a_file())
+    events: list[Event] = []
+
+    def renew() -> None:
+        by_file.write_text(second.in_a_file())
+
+    async with FrontDoor(seaweedfs, host="s3.example", sessions=[first, second], on_end=renew) as front:
+        monkeypatch.setenv("http_proxy", front.url)
+        toml = chain(tmp_path, seaweedfs.new_bucket(), "http://s3.example", "parts_in_flight = 4")
+        outcome = await export(toml, events=events)
+        told = {seen.status for seen in front.seen}
+    assert outcome.state == "identical"
+    assert front.used.count("ASIA1") == 6
+    assert front.used.count("ASIA2") > 3
+    assert told >= {200, 400}
+    retried = [event for event in events if isinstance(event, RetryScheduled)]
+    assert retried
+    assert all("ExpiredToken" in event.reason and event.wait_s == 0 for event in retried)
+    assert "token/of" not in str(events)
+
+
+async def test_session_token_that_ended_for_good_is_told_with_the_way_on(
+    seaweedfs: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_file: Path
+) -> None:
+    session = _session(1, 6)
+    by_file.write_text(session.in_a_file())
+    async with FrontDoor(seaweedfs, host="s3.example", sessions=[session]) as front:
+        monkeypatch.setenv("http_proxy", front.url)
+        toml = chain(tmp_path, seaweedfs.new_bucket(), "http://s3.example", "parts_in_flight = 1")
+        with pytest.raises(LeftBehindError) as caught:  # what was stored can't be removed without credentials either
+            await export(toml)
+    assert "ExpiredToken" in str(caught.value)
+    assert "abort-multipart-upload" in caught.value.commands[0]
+    assert isinstance(caught.value.cause, StoreError)
+    assert "--resume" in caught.value.cause.hint
