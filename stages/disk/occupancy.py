@@ -149,16 +149,25 @@ def filesystems_of(path: Path, *, root: Path = Path("/")) -> list[str]:
 
 
 def bytes_written(disk: Path, *, root: Path = Path("/")) -> int | None:
-    """Bytes written to a device since the machine started; None for what is no device.
+    """Bytes written to a device since it is there, or to a file through loop devices; None for a file without any.
 
     Source: Linux kernel documentation, "Block layer statistics in /sys/block/<dev>/stat", field 7.
     """
     status = os.stat(disk)
-    if not stat.S_ISBLK(status.st_mode):
-        return None
-    number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-    fields = _text(root / "sys/dev/block" / number / "stat").split()
-    return int(fields[6]) * _SECTOR if len(fields) > 6 else None
+    if stat.S_ISBLK(status.st_mode):
+        nodes = [root / "sys/dev/block" / f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"]
+    else:
+        nodes = list(_loops_over(str(disk.resolve()), root))
+    counts = [_text(node / "stat").split() for node in nodes]
+    known = [int(fields[6]) * _SECTOR for fields in counts if len(fields) > 6]
+    return sum(known) if known else None
+
+
+def _loops_over(backing: str, root: Path) -> Iterator[Path]:
+    """Loop devices over a file or device, as folders of /sys."""
+    for node in _entries(root / "sys/block"):
+        if node.name.startswith("loop") and _text(node / "loop/backing_file") == backing:
+            yield node
 
 
 def _devices_of(mount: Mounted, root: Path) -> list[str]:
@@ -249,9 +258,7 @@ class _Look:
 
     def _add_loops(self, backing: str, base: int, length: int, depth: int = 0) -> None:
         """Loop devices over a file; its byte 0 is byte `base` of the disk."""
-        for node in _entries(self._root / "sys/block"):
-            if not node.name.startswith("loop") or _text(node / "loop/backing_file") != backing:
-                continue
+        for node in _loops_over(backing, self._root):
             begin = base + _number(node / "loop/offset")
             end = min(begin + _number(node / "size") * _SECTOR, length)
             if end > max(0, begin):

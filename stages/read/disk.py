@@ -481,7 +481,7 @@ class DiskReader:
                     "achieved": achieved,
                     "frozen": list(frozen),
                     "changing": list(restless),
-                    "written_bytes": None if written is None else written - self._written,
+                    "written_bytes": None if written is None else max(0, written - self._written),
                     **(reread.to_json() if reread is not None else {}),
                 }
             ),

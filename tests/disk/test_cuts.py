@@ -220,22 +220,32 @@ async def _every_cut(image: Path, table: PartitionTable, dice: random.Random) ->
     return done
 
 
-@pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("label", ["gpt", "mbr"])
+@pytest.mark.parametrize(
+    "label, seed",
+    [
+        *((label, seed) for label in ("gpt", "mbr") for seed in range(12)),
+        ("hybrid", 0),
+        *(pytest.param("hybrid", seed, marks=pytest.mark.slow) for seed in range(1, 8)),
+    ],
+)
 async def test_every_legal_cut_of_a_random_disk_satisfies_the_tools(label: str, seed: int, tmp_path: Path) -> None:
     need("sfdisk", "sgdisk")
     dice = random.Random(f"{label} {seed}")
     image = tmp_path / "disk"
-    if label == "gpt":
+    if label != "mbr":
         script, size = _layout_gpt(dice)
         run("sfdisk", "-q", "--no-reread", "--wipe", "never", blank(image, size), text=script)
+        if label == "hybrid":
+            numbers = list(numbered(sfdisk(image)))
+            chosen = dice.sample(numbers, dice.randint(1, min(3, len(numbers))))
+            run("sgdisk", "-h", ":".join(map(str, chosen)), image)
     else:
         _write_mbr(image, dice)
         assert "No errors detected" in run("sfdisk", "-V", image)
     with image.open("r+b") as file:
         file.write(b"\xeb\x63boot code")
     table = await table_of(image)
-    assert table.problems == ()
+    assert (table.kind, table.problems) == (label, ())
     assert table.boot_code
     theirs = sfdisk(image)
     ours = {

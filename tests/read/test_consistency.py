@@ -135,7 +135,10 @@ async def test_a_disk_that_is_mounted_read_write_is_refused_when_it_should_be_of
         assert outcome.manifest.facts["consistency"]["achieved"] == "offline"
 
 
-async def test_what_is_written_to_a_live_disk_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", ["device", "file"])
+async def test_what_is_written_to_a_live_disk_is_counted(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from stages.read.disk import DiskReader
 
     real = DiskReader.conclude
@@ -148,7 +151,7 @@ async def test_what_is_written_to_a_live_disk_is_counted(tmp_path: Path, monkeyp
     with device_of("ext4", tmp_path) as (device, mount):
         run("sync", "-f", mount)
         monkeypatch.setattr(DiskReader, "conclude", written)
-        outcome, _ = await exported(device, folder=tmp_path)
+        outcome, _ = await exported(device if what == "device" else tmp_path / "disk", folder=tmp_path)
         told = outcome.manifest.facts["consistency"]
         assert (told["asked"], told["achieved"], told["changing"]) == ("live", "settled", [str(mount)])
         assert (told["rereads"], told["resent_bytes"]) == (1, 0), "it was written after the last look"
