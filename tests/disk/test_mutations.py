@@ -32,8 +32,12 @@ CHANGED = 25
 
 
 def _report(checker: str, image: Path) -> str:
-    """What the checker says of an image, without its name; xfs_repair's threads do not always speak in one order."""
+    """What the checker says of an image, without its name.
+
+    xfs_repair tells where in its own memory a check failed, and its threads do not always speak in one order.
+    """
     said = run(*checker.split(), image, expect=tuple(range(256))).replace(str(image), "IMAGE")
+    said = re.sub(r"\b(0x)?[0-9a-f]{12}\b", "ADDRESS", said)
     return "\n".join(sorted(said.splitlines())) if checker.startswith("xfs") else said
 
 

@@ -21,19 +21,21 @@ from pipeline.flow.manifest import unpack_runs
 from pipeline.flow.rereading import Rereading
 from pipeline.observe.record import record_of
 from pipeline.units import KiB, MiB
+from stages.catalog import CATALOG
 from stages.disk import occupancy
 from stages.disk.occupancy import Use
 from stages.read.disk import DiskReader
+from stages.store.sftp import SftpUrl
 from stages.write import ranges
 from stages.write.sftp import SftpWriter
 from tests.chains import export, write_toml
-from tests.contracts.targets import TARGETS
 from tests.disk.making import hashes, needs_root, run
 from tests.disks.letters import letter_bytes, write_disk
 from tests.disks.mounts import loop_device, mounted
 from tests.read.test_consistency import check, device_of, write_load
 from tests.stores.azurite import AzureServer
 from tests.stores.nbd import NbdServer
+from tests.stores.openssh import SftpServer
 
 
 class Watching(list[Event]):
@@ -218,24 +220,42 @@ def _page(folder: Path, request: pytest.FixtureRequest, size: int) -> Iterator[t
 
 
 @contextmanager
-def _target(
-    name: str, folder: Path, request: pytest.FixtureRequest, size: int
-) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    made = TARGETS[name](request, folder)
-    yield made.stage, made.stored
+def _file(folder: Path, request: pytest.FixtureRequest, size: int) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    yield f'write.file; path = "{folder / "image"}"', (folder / "image").read_bytes
 
 
-@pytest.mark.parametrize(
-    "name", ["write.file", "write.sftp on OpenSSH", "write.nbd", "write.device", "write.azure_page"]
-)
+@contextmanager
+def _sftp(folder: Path, request: pytest.FixtureRequest, size: int) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    server: SftpServer = request.getfixturevalue("sftp_server")
+    place = server.data / f"reread-{uuid.uuid4().hex}"
+    place.mkdir()
+    url = SftpUrl.parse(server.url("x")).at(f"{server.remote}/{place.name}/image")
+    login = f'identity_files = ["{server.identity}"]; agent = false; known_hosts = "{server.known_hosts}"'
+    yield f'write.sftp; url = "{url}"; {login}', (place / "image").read_bytes
+
+
+PLACES = {
+    "write.file": _file,
+    "write.sftp": _sftp,
+    "write.nbd": _nbd,
+    "write.device": _device,
+    "write.azure_page": _page,
+}
+
+
+def test_every_target_whose_bytes_can_be_replaced_is_tried() -> None:
+    rewritable = {spec.name for spec in CATALOG if spec.sink is not None and spec.sink.rewrite == "any"}
+    assert rewritable - {"write.null"} == set(PLACES)
+
+
+@pytest.mark.parametrize("name", PLACES)
 async def test_whatever_changes_is_replaced_on_every_target(
     name: str, tmp_path: Path, request: pytest.FixtureRequest, in_use: None, before_look: Any
 ) -> None:
     disk = write_disk(tmp_path / "disk", LETTERS, MiB, 512)
     before_look({1: lambda: change(disk, FIRST), 2: lambda: change(disk, SECOND)})
-    make = {"write.nbd": _nbd, "write.device": _device, "write.azure_page": _page}.get(name)
     size = disk.stat().st_size
-    with make(tmp_path, request, size) if make else _target(name, tmp_path, request, size) as (stage, stored):
+    with PLACES[name](tmp_path, request, size) as (stage, stored):
         outcome = await exported(
             disk,
             folder=tmp_path,
@@ -302,7 +322,7 @@ async def test_a_server_that_takes_writes_in_order_only_is_not_looked_at_again(
     before_look({1: lambda: pytest.fail("looked again")})
     events: list[Event] = []
     disk = write_disk(tmp_path / "disk", "AB", MiB)
-    with _target("write.sftp on OpenSSH", tmp_path, request, 0) as (stage, stored):
+    with _sftp(tmp_path, request, 0) as (stage, stored):
         outcome = await exported(disk, folder=tmp_path, writer=stage, events=events)
         assert stored() == disk.read_bytes()
     assert told(outcome)["achieved"] == "live"
