@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -20,8 +21,9 @@ from pipeline.commands.console import (
     until_interrupted,
     verb,
 )
+from pipeline.commands.looking import printable
 from pipeline.errors import EXIT_FAILED, EXIT_OK, AlreadyFinished, LeftBehindError, PipelineError, cause_of
-from pipeline.units import MiB
+from pipeline.units import MiB, format_size
 
 if TYPE_CHECKING:
     from pipeline.config.continuing import Attempt
@@ -166,10 +168,23 @@ async def run_chain(
     finally:
         if display is not None:
             display.close()
-    for line in summary_lines(outcome):
+    for line in (*summary_lines(outcome), *change_lines(outcome.manifest.facts)):
         console.say(line)
     # It was asked to be verified, and could not be: a script must not take it for proven.
     return EXIT_FAILED if outcome.state == "unproven" else EXIT_OK
+
+
+def change_lines(facts: Mapping[str, Any]) -> list[str]:
+    """What was written to the disk while it was copied, where nothing kept it still; `facts` are the manifest's."""
+    told = facts.get("consistency") or {}
+    written = told.get("written_bytes") or 0
+    if told.get("achieved") != "live" or not written:
+        return []
+    points = ", ".join(printable(str(one)) for one in told.get("changing", ())[:4])
+    return [
+        f"  {format_size(written)} were written to the disk while it was copied ({points}): an image of many moments. "
+        'consistency = "freeze" in read.disk holds it still.'
+    ]
 
 
 def _observe(config: ExportConfig, events: EventStream) -> RunReport | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import anyio
 import pytest
 
+from pipeline.commands.run import change_lines
 from pipeline.errors import (
     LeftBehindError,
     PipelineError,
@@ -310,3 +311,12 @@ def test_a_wrong_file_touches_nothing(call: Call, seam: Seam, export_file: Path,
     said = call(verb, export_file, "--set", "export.memory=1")
     assert said.code == 2
     assert seam.planned == []
+
+
+def test_what_was_written_to_a_disk_while_it_was_copied_is_told() -> None:
+    told = {"achieved": "live", "changing": ["/", "/srv"], "written_bytes": 3 << 20}
+    (line,) = change_lines({"consistency": told})
+    assert "3 MiB were written to the disk while it was copied (/, /srv)" in line
+    for still in ({**told, "achieved": "frozen"}, {**told, "written_bytes": 0}, {**told, "written_bytes": None}):
+        assert change_lines({"consistency": still}) == []
+    assert change_lines({}) == []
