@@ -282,7 +282,7 @@ async def test_bytes_that_are_no_text_are_shown_and_harm_nothing() -> None:
     assert any("\\xff\\xfe" in one.message for one in findings)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(5))
 async def test_no_content_of_any_file_breaks_a_rule(seed: int) -> None:
     """Every file that the rules read, filled with noise: answers come back, none of them an exception."""
     dice = random.Random(seed)
