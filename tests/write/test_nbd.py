@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from pipeline.flow import resume
 from pipeline.flow.engine import Outcome
 from pipeline.units import MiB
 from stages.store import nbd as store_nbd
+from stages.write import device as device_writer
 from stages.write import nbd as writer
 from stages.write import ranges
 from tests.chains import export, write_toml
@@ -338,6 +340,50 @@ async def test_a_blank_device_needs_no_consent(case: Case, tmp_path: Path, secto
         file.truncate(40 * MiB)
     with loop_device(blank, read_only=False, sector=sector) as path:
         assert (await to_device(case, path)).state == "identical"
+    assert blank.read_bytes()[: len(case.content)] == case.content
+
+
+async def test_an_export_to_a_device_that_failed_half_way_is_resumed(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without consent to overwrite: what it holds now is the export's own. What is on the medium is not sent again."""
+    if os.geteuid() != 0:
+        pytest.skip("loop devices are root's")
+    monkeypatch.setattr(resume, "POINT_EVERY_S", 0.0)
+    monkeypatch.setattr(ranges, "_MARK_EVERY_S", 0.001)
+    monkeypatch.setattr(ranges, "_MARK_SHARE", 0)
+    blank = tmp_path / "blank"
+    with blank.open("wb") as file:
+        file.truncate(40 * MiB)
+    plain, note_mark = device_writer.DeviceTarget.write, resume.RunJournal.note_mark
+    written: list[int] = []
+    marked = anyio.Event()
+    fails_at = 6
+
+    async def write(self: device_writer.DeviceTarget, parts: Sequence[tuple[int, memoryview]]) -> None:
+        if len(written) == fails_at:
+            with anyio.fail_after(20):
+                await marked.wait()
+            raise StoreError("the cable is out", operation="write", status=errno.EIO)
+        written.append(sum(view.nbytes for _, view in parts))
+        await plain(self, parts)
+
+    def note(self: resume.RunJournal, position: int) -> None:
+        note_mark(self, position)
+        marked.set()
+
+    monkeypatch.setattr(device_writer.DeviceTarget, "write", write)
+    monkeypatch.setattr(resume.RunJournal, "note_mark", note)
+    with loop_device(blank, read_only=False) as device:
+        toml = case.toml(f'write.device; path = "{device}"', "verify.readback")
+        with pytest.raises(KeptError):
+            await export(toml, events=case.events, attempt=Attempt(command="pipeline run x"))
+        assert any(blank.read_bytes()[:MiB]), "kept"
+        first, fails_at = sum(written), -1
+        again = Attempt(mode=Mode.RESUME, command="pipeline run x")
+        assert (await export(toml, events=case.events, attempt=again)).state == "identical"
+    assert sum(written) - first < sum(map(str.isalpha, LETTERS)) * MiB, "not all of it again"
+    assert len([event for event in case.events if isinstance(event, RunResumed)]) == 1
     assert blank.read_bytes()[: len(case.content)] == case.content
 
 
