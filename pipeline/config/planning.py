@@ -166,7 +166,8 @@ class RunPlan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person should read before the start."""
-        return (*self.info.notes, *self._told_rereads(), *self.layout.notes)
+        missing = (one.spec.missing(one.options) for one in self.chain.verifiers if one.spec.missing is not None)
+        return (*self.info.notes, *self._told_rereads(), *self.layout.notes, *filter(None, missing))
 
     def _told_rereads(self) -> Iterator[str]:
         if self.rereads:

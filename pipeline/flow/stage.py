@@ -705,6 +705,7 @@ class StageSpec:
         not_resumable: why a stage with these options can't be gone on with; empty where it can.
         head_minimum: for writers in numbered parts: how long a head that comes last has to be to be a part of its own,
             by the length of the longest image; else the store's smallest part.
+        missing: for verifiers: what this machine lacks for what these options ask, and how to get it; empty: nothing.
         image: whether the option values shape the image's bytes (then they go into the manifest as such).
         open_reader: opens a stored object by URL for reading, where `schemes` names the URL schemes; takes `endpoint`
             and `ca_file` too.
@@ -729,6 +730,7 @@ class StageSpec:
     resumable: bool = False
     head_minimum: Callable[[Any], Awaitable[Callable[[int], int]]] | None = None
     not_resumable: Callable[[Any], str] | None = None
+    missing: Callable[[Any], str] | None = None
     schemes: tuple[str, ...] = ()
     open_reader: Callable[..., Any] | None = None
 

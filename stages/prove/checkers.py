@@ -140,20 +140,28 @@ async def check_filesystem(part: ServedDisk, kind: str) -> Checked | None:
     checker = CHECKERS.get(kind)
     if checker is None:
         return None
-    for program, package in ((checker.program, checker.package), (_FUSE, "libnbd-bin")):
-        if shutil.which(program, path=_PATH) is None:
-            return Checked(
-                state="unknown", summary=f"there is no {program}", hint=f"Install it: apt install {package}."
-            )
-    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        return Checked(
-            state="unknown", summary="this user can't use /dev/fuse", hint="Run it as root, or modprobe fuse."
-        )
+    if missing := why_no_files() or _why_no(checker.program, checker.package):
+        return Checked(state="unknown", summary=missing[0], hint=missing[1])
     try:
         async with _as_file(part) as path:
             return await _run(checker, path)
     except PipelineError as error:
         return Checked(state="unknown", summary=error.message, hint=error.hint)
+
+
+def why_no_files() -> tuple[str, str] | None:
+    """What is missing to show a filesystem as a file to its checker, and what to do; None where nothing is."""
+    if missing := _why_no(_FUSE, "libnbd-bin"):
+        return missing
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        return "this user can't use /dev/fuse", "Run it as root, or modprobe fuse."
+    return None
+
+
+def _why_no(program: str, package: str) -> tuple[str, str] | None:
+    if shutil.which(program, path=_PATH) is None:
+        return f"there is no {program}", f"Install it: apt install {package}."
+    return None
 
 
 async def _run(checker: Checker, path: Path) -> Checked:

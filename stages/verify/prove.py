@@ -124,6 +124,18 @@ class Proof:
                 results.append(await take_step(name, work))
 
 
+def _missing(options: Options) -> str:
+    """Said before the start: a proof that can't be had is better known before hours of upload than after."""
+    from stages.prove.boot import Machine, why_not
+    from stages.prove.checkers import why_no_files
+
+    found = why_no_files() if "filesystems" not in options.skip else None
+    if "boot" not in options.skip:
+        firmware = options.firmware if options.firmware != "auto" else "bios"
+        found = why_not(Machine(firmware=firmware)) or found
+    return f"verify.prove will not be able to tell: {found[0]}. {found[1]}" if found else ""
+
+
 SPEC = StageSpec(
     name="verify.prove",
     summary="Prove the stored image: its structure, its filesystems by their own checkers, and a boot. Needs qemu.",
@@ -131,4 +143,5 @@ SPEC = StageSpec(
     takes=STORED_IMAGE,
     gives=VERDICT,
     build=Proof,
+    missing=_missing,
 )

@@ -75,6 +75,7 @@ while read device folder kind options rest; do
   echo "You are in emergency mode. After logging in, type \\"journalctl -xb\\" to view"
   while true; do /bin/busybox sleep 60; done
 done < /etc/fstab
+{before}
 echo
 echo "Debian GNU/Linux 12 web01 ttyS0"
 echo
@@ -94,7 +95,7 @@ class Bootable:
         with_virtio: the initramfs has the drivers of the disk.
         with_boot_code: the first sector has code.
         console: where the kernel speaks.
-        then: what init does after the login prompt.
+        before, then: what init does before and after the login prompt.
     """
 
     firmware: Firmware = "bios"
@@ -103,6 +104,7 @@ class Bootable:
     with_virtio: bool = True
     with_boot_code: bool = True
     console: str = "console=tty0 console=ttyS0"
+    before: str = ""
     then: str = ""
 
 
@@ -149,7 +151,7 @@ def _root(folder: Path, wanted: Bootable) -> Path:
     for name in ("bin", "sbin", "etc", "proc", "dev", "boot", "sys", "var/log"):
         (root / name).mkdir(parents=True)
     shutil.copy("/bin/busybox", root / "bin/busybox")
-    (root / "sbin/init").write_text(_INIT.format(then=wanted.then))
+    (root / "sbin/init").write_text(_INIT.format(before=wanted.before, then=wanted.then))
     (root / "sbin/init").chmod(0o755)
     (root / "etc/fstab").write_text(f"{wanted.fstab} / ext4 defaults 0 1\n")
     (root / "etc/hostname").write_text("web01\n")

@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import pytest
 
 from stages.preflight.rules import all_rules
+from stages.prove import boot
 from stages.prove.judging import LOGIN, NO_BOOT_CODE, SYMPTOMS, find_symptom, plain
 from stages.prove.leash import leashed
 from stages.prove.proving import ProofReport, parse_steps
@@ -114,6 +115,35 @@ def test_text_mode_is_read_by_its_letters() -> None:
     assert not is_text_mode(_ppm(1024, 768))
     assert is_blank(_ppm(720, 400))
     assert not is_blank(_ppm(2, 1, b"abcdef"))
+
+
+def test_a_still_screen_without_a_console_is_no_verdict_and_says_so() -> None:
+    seen = boot._Seen(picture=_ppm(2, 1, b"abcdef"), changed_at=100.0)
+    state, summary, hint, _ = boot._late(seen, boot.Machine(), 130.0)
+    assert state == "unknown"
+    assert "judged by its screen alone" in summary
+    assert "screenshot" in hint
+    seen.hear("[    0.1] Linux version 6\n")
+    assert "its last words were" in boot._late(seen, boot.Machine(), 130.0)[1]
+
+
+def test_the_log_of_a_guest_that_never_stops_is_bounded() -> None:
+    seen = boot._Seen()
+    for number in range(3000):
+        seen.hear(f"{number} " * 200)
+    assert len(seen.log) < 512 * 1024
+    assert seen.log.startswith("0 0 ")
+    assert seen.log.endswith("2999 ")
+
+
+def test_a_screenshot_is_a_file_and_nothing_else(tmp_path: Path) -> None:
+    """The folder is QEMU's, and QEMU runs a stranger's system: no link, nothing that keeps a reader waiting."""
+    (tmp_path / "secret").write_bytes(_ppm(1, 1))
+    (tmp_path / "link").symlink_to(tmp_path / "secret")
+    os.mkfifo(tmp_path / "fifo")
+    assert boot._read_picture(tmp_path / "secret") == _ppm(1, 1)
+    for name in ("link", "fifo", "nosuch"):
+        assert boot._read_picture(tmp_path / name) == b""
 
 
 # ---- the verdict -----------------------------------------------------------------------------------------------------

@@ -43,8 +43,10 @@ def image_of(folder: Path, disk: bytes, *arguments: str) -> bytes:
 # ---- the tools -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [(), ("-c",), ("-c", "-o", "compression_type=zstd,cluster_size=2M")])
-@pytest.mark.parametrize("on_socket", [True, False])
+@pytest.mark.parametrize(
+    "arguments, on_socket",
+    [((), True), ((), False), (("-c",), True), (("-c", "-o", "compression_type=zstd,cluster_size=2M"), False)],
+)
 async def test_nbdcopy_gets_the_disk(tmp_path: Path, arguments: tuple[str, ...], on_socket: bool) -> None:
     disk = mixed_disk(SIZE)
     image = await cached(BytesReader(image_of(tmp_path, disk, *arguments)), "qcow2")
