@@ -61,6 +61,7 @@ class AzureUpload:
         self._algorithms = {"md5": Algorithm.MD5, "crc64": Algorithm.CRC64NVME}[checksum]
         self._token = secrets.token_bytes(_TOKEN_BYTES)
         self._has_blocks = False
+        self._unanswered = 0  # blocks whose requests ended without an answer: they may come any time
         self._maybe_visible = False
         self.replaced: BlobState | None = None
         self.sealed_state: Sealed | None = None
@@ -105,7 +106,13 @@ class AzureUpload:
         """Put Block. Raises StoreError."""
         before = body.sums
         block_id = self._block_id(number, before)
-        reply = await self._client.put_block(self._name, block_id, body, _sum_headers(before))
+        self._unanswered += 1
+        try:
+            reply = await self._client.put_block(self._name, block_id, body, _sum_headers(before))
+        except AzureError:
+            self._unanswered -= 1  # refused
+            raise
+        self._unanswered -= 1
         sums = body.sums
         assert sums is not None  # every byte was sent
         _compare(reply, sums, number)
@@ -204,7 +211,7 @@ class AzureUpload:
         self.sealed_state = None
 
     async def _drop_blocks(self) -> None:
-        if await discard_blocks(self._client, self._name):
+        if await discard_blocks(self._client, self._name, more_may_come=self._unanswered > 0):
             return
         self._emit(
             FallbackTaken(
@@ -222,23 +229,28 @@ class AzureUpload:
         return commands + ((self._client.command("delete", self._name),) if self._maybe_visible else ())
 
 
-async def discard_blocks(client: AzureClient, name: str) -> bool:
+async def discard_blocks(client: AzureClient, name: str, *, more_may_come: bool = False) -> bool:
     """Remove the blocks under a name that no list names. Returns False where a blob has the name, which keeps them.
 
     There is no request for it: a list that names none of them makes an empty blob and discards them (Put Block List),
     and the blob is removed again. A block that was on its way meanwhile comes after that: it is looked for again.
+
+    Args:
+        more_may_come: requests were cut off, so blocks are looked for although there are none.
     """
-    for _ in range(_LOOKS):
-        if not await client.blocks(name, committed=False):
+    for look in range(_LOOKS):
+        if await client.blocks(name, committed=False):
+            try:
+                reply = await client.commit(name, (), {"If-None-Match": "*"})
+            except AzureError as error:
+                if error.status in (409, 412):
+                    return False
+                raise
+            await client.delete(name, reply.header("etag"))
+        elif not more_may_come:
             break
-        try:
-            reply = await client.commit(name, (), {"If-None-Match": "*"})
-        except AzureError as error:
-            if error.status in (409, 412):
-                return False
-            raise
-        await client.delete(name, reply.header("etag"))
-        await anyio.sleep(_LOOK_EVERY_S)
+        if look < _LOOKS - 1:
+            await anyio.sleep(_LOOK_EVERY_S)
     return True
 
 

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 import anyio
 import anyio.to_thread
@@ -33,6 +34,7 @@ from pipeline.flow.orders import Order
 from pipeline.flow.retry import RetryPolicy
 from pipeline.flow.stage import Clock, RealClock, SinkRequest
 from pipeline.units import MiB
+from stages.store.azure import AzureClient
 from stages.write.azure_block import AzureBlockWriter, Options
 from stages.write.azure_page import AzurePageWriter
 from stages.write.azure_page import Options as PageOptions
@@ -333,6 +335,32 @@ async def test_cancelled_upload_leaves_nothing_that_anybody_sees(bench: Bench, r
     if replaces:
         assert bench.server.get(bench.container, NAME) == b"old"
         assert [event for event in bench.events if isinstance(event, FallbackTaken)]
+
+
+async def test_block_that_comes_after_the_abort_began_is_removed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its request was cut off, and was in the server's hands all the same."""
+    plain, block_id = AzureClient.blocks, quote(base64.b64encode(bytes(28)).decode(), safe="")
+    late = partial(bench.server.request, "PUT", f"{bench.container}/{quote(NAME)}?comp=block&blockid={block_id}", b"x")
+    seen: list[bool] = []
+
+    async def blocks(client: AzureClient, name: str, *, committed: bool) -> list[tuple[str, int]] | None:
+        found = await plain(client, name, committed=committed)
+        seen.append(bool(found))
+        if not found and seen.count(False) == 1:
+            assert (await anyio.to_thread.run_sync(late))[0] == 201
+        return found
+
+    monkeypatch.setattr(AzureClient, "blocks", blocks)
+    rules = [Rule(StallRequest(after_bytes=MiB), method="PUT", query="comp=block&", when=Nth(3))]
+    async with FaultProxy(bench.server.port, rules=rules) as proxy:
+        bench.reach(bench.server.reached_at(proxy.url))
+        with anyio.fail_after(20):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(partial(bench.store, mixed(30 * MiB), parts_in_flight=1))
+                await proxy.until(lambda: any(seen.is_stalled for seen in proxy.seen))
+                tasks.cancel_scope.cancel()
+    assert seen == [True, False, True, False]
+    assert bench.left == []
 
 
 async def test_failed_abort_names_the_commands(bench: Bench) -> None:
