@@ -187,6 +187,14 @@ def error_to_tell(error: BaseException) -> BaseException:
     return first_error(error)
 
 
+ca_file_option = click.option(
+    "--ca-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="PEM certificates to trust instead of the system's.",
+)
+
+
 def verb(body: Callable[..., int]) -> Callable[..., None]:
     """Give a click command the options that every verb has, a Console as first argument, and its exit code.
 

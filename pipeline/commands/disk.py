@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.commands.console import Console, run_async, until_interrupted, verb
+from pipeline.commands.console import Console, ca_file_option, run_async, until_interrupted, verb
 from pipeline.config.options import without_secrets
 from pipeline.errors import EXIT_OK, PlanError
 from pipeline.units import format_exact, format_size, parse_size
@@ -35,6 +35,7 @@ _SHADES_ASCII = " .:+#"
 )
 @click.option("--member", default="", metavar="NAME", help="The disk inside of an OVA that has several.")
 @click.option("--endpoint", default="", metavar="URL", help="Of an S3-compatible store.")
+@ca_file_option
 @click.option("--partitions", default="", metavar="1,2|needed", help="What an export of these would copy.")
 @click.option("--through", type=int, metavar="N", help="What an export up to the end of this partition would copy.")
 @click.option("--bytes", "stop", default="", metavar="SIZE", help="What an export of the beginning would copy.")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.commands.console import Console, run_async, until_interrupted, verb
+from pipeline.commands.console import Console, ca_file_option, run_async, until_interrupted, verb
 from pipeline.config.options import without_secrets
 from pipeline.errors import EXIT_DIFFERS, EXIT_OK, FormatError, PipelineError
 from pipeline.units import format_exact, format_size
@@ -36,12 +35,7 @@ _FINDINGS_SHOWN = 20
 )
 @click.option("--member", default="", metavar="NAME", help="The disk inside of an OVA that has several.")
 @click.option("--endpoint", default="", metavar="URL", help="Of an S3-compatible store.")
-@click.option(
-    "--ca-file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="PEM certificates to trust instead of the system's.",
-)
+@ca_file_option
 @verb
 def command(console: Console, image: str, deep: bool, with_map: bool, **named: Any) -> int:
     """Look at an image by ranges, without fetching it: what it is, every invariant of its format, what it stores.

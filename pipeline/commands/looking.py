@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from pipeline.commands.console import ca_file_option
 from pipeline.errors import FormatError, PipelineError
 from pipeline.units import format_size
 
@@ -68,6 +69,7 @@ def parse_place(text: str) -> Inside:
 def takes_place(body: C) -> C:
     """Give a click command its IMAGE:PARTITION/PATH and what says how to open the image."""
     for decorate in (
+        ca_file_option,
         click.option("--endpoint", default="", metavar="URL", help="Of an S3-compatible store."),
         click.option("--member", default="", metavar="NAME", help="The disk inside of an OVA that has several."),
         click.option("--extent", "extents", multiple=True, metavar="FILE", help="A VMDK's other file, in order."),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.commands.candidates import disks, profiles, rules
-from pipeline.commands.console import Console, run_async, until_interrupted, verb
+from pipeline.commands.console import Console, ca_file_option, run_async, until_interrupted, verb
 from pipeline.errors import EXIT_OK, EXIT_PREFLIGHT
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ _TITLES = {
 @click.option("--all", "with_all", is_flag=True, help="Also show what is right and what does not apply.")
 @click.option("-f", "--format", default="auto", metavar="FMT", help="Of the image; else told once by its first bytes.")
 @click.option("--endpoint", default="", metavar="URL", help="Of an S3-compatible store.")
+@ca_file_option
 @verb
 def command(console: Console, place: str, explain: str | None, ignored: tuple[str, ...], **named: Any) -> int:
     """Say whether a system will boot on the target: this machine, a disk, an image of any format, an object in a store.
@@ -68,7 +69,7 @@ def command(console: Console, place: str, explain: str | None, ignored: tuple[st
     for one in ignored:
         find_rule(one)
     profile = find_profile(named.pop("profile"))
-    wanted = Wanted(place=place, root=named.pop("root"), format=named.pop("format"), endpoint=named.pop("endpoint"))
+    wanted = Wanted(place=place, **{name: named.pop(name) for name in ("root", "format", "endpoint", "ca_file")})
     return run_async(partial(_guarded, console, wanted, profile, ignored, named))
 
 

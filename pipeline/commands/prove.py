@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.commands.console import Console, run_async, until_interrupted, verb
+from pipeline.commands.console import Console, ca_file_option, run_async, until_interrupted, verb
 from pipeline.config.options import without_secrets
 from pipeline.errors import EXIT_DIFFERS, EXIT_FAILED, EXIT_OK, ConfigError, Fault, FormatError, PipelineError
 from pipeline.units import MiB, parse_duration, parse_size
@@ -41,6 +41,7 @@ _EXIT_CODES = {"proven": EXIT_OK, "disproven": EXIT_DIFFERS, "unknown": EXIT_FAI
 @click.option("--extent", "extents", multiple=True, metavar="FILE", help="A VMDK's other file.")
 @click.option("--member", default="", metavar="NAME", help="The disk inside of an OVA that has several.")
 @click.option("--endpoint", default="", metavar="URL", help="Of an S3-compatible store.")
+@ca_file_option
 @verb
 def command(console: Console, image: str, **options: Any) -> int:
     """Prove that an image is what it should be and boots, by ranges, without downloading or changing it.
@@ -82,7 +83,7 @@ def _asked(image: str, options: dict[str, Any]) -> Asked:
         pattern=pattern,
         kvm=options["kvm"],
     )
-    names = ("format", "extents", "member", "endpoint")
+    names = ("format", "extents", "member", "endpoint", "ca_file")
     return Asked(
         image=NamedImage(place=image, **{name: options[name] for name in names}),
         manifest=options["manifest"],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.commands.console import Console, Interrupted, run_async, until_interrupted, verb
+from pipeline.commands.console import Console, Interrupted, ca_file_option, run_async, until_interrupted, verb
 from pipeline.config.options import without_secrets
 from pipeline.errors import EXIT_OK, FormatError, PipelineError
 from pipeline.units import format_exact, format_size
@@ -46,6 +46,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 @click.option("--member", default="", metavar="NAME", help="The disk inside of an OVA that has several.")
 @click.option("--backing", multiple=True, metavar="FILE", help="What a qcow2 overlay lies on, the next below it first.")
 @click.option("--endpoint", default="", metavar="URL", help="Of an S3-compatible store.")
+@ca_file_option
 @verb
 def command(
     console: Console,

@@ -36,13 +36,14 @@ class Wanted:
     Attributes:
         place: disk, image or URL; empty for the disk that this machine runs from.
         root: the system's folder; `/` is this machine. None: what is on the disk at `place`.
-        format, endpoint: of an image, as `inspect` takes them.
+        format, endpoint, ca_file: of an image, as `inspect` takes them.
     """
 
     place: str = ""
     root: Path | None = None
     format: str = "auto"
     endpoint: str = ""
+    ca_file: Path | None = None
 
 
 def is_of_this_machine(place: str) -> bool:
@@ -174,7 +175,7 @@ def _named_by_udev(machine: Machine, name: str) -> Volumes:
 
 async def _reader_of(wanted: Wanted, place: str, stack: AsyncExitStack) -> DecodedImage:
     files = await stack.enter_async_context(
-        open_files(NamedImage(place=place, format=wanted.format, endpoint=wanted.endpoint))
+        open_files(NamedImage(place=place, format=wanted.format, endpoint=wanted.endpoint, ca_file=wanted.ca_file))
     )
     return await files.open_image()
 

@@ -187,7 +187,12 @@ def wanted_of(plan: RunPlan) -> Wanted | None:
     if isinstance(place, Secret):
         place = place.reveal()
     format = "raw" if plan.chain.source.name == "read.disk" else getattr(options, "format", "auto")
-    return Wanted(place=str(place), format=format, endpoint=getattr(options, "endpoint", ""))
+    return Wanted(
+        place=str(place),
+        format=format,
+        endpoint=getattr(options, "endpoint", ""),
+        ca_file=getattr(options, "ca_file", None),
+    )
 
 
 async def gate(profile: Profile, plan: RunPlan, events: EventStream) -> tuple[Finding, ...]:

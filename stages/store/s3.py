@@ -327,6 +327,8 @@ class S3Client:
         ):
             wanted = f'Set region = "{region}".' if region and region != self.signer.region else 'Check "region".'
             return f'{wanted} The request was made for "{self.signer.region}" at {self._http.origin}.'
+        if status == 507 or "quota" in code.lower() or "StorageFull" in code:
+            return "The store is full, or a quota is used up. Free space there, compress, or choose another bucket."
         if status in (401, 403):
             return f"{who} They need to list the bucket, and to read, put and delete this object."
         if code in ("BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch"):

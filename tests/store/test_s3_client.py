@@ -286,6 +286,15 @@ async def test_cloudflare_wants_equal_parts() -> None:
         assert not client.limits.equal
 
 
+@pytest.mark.parametrize("status, code", [(403, "QuotaExceeded"), (507, "XMinioStorageFull"), (507, "")])
+async def test_a_full_store_is_told_as_such_at_once(status: int, code: str) -> None:
+    async with answering(Rule(error_reply(status, code))) as (client, _):
+        with pytest.raises(S3Error) as caught:
+            await client.put_text("x", b"x", {})
+    assert not caught.value.temporary
+    assert "full, or a quota" in caught.value.hint
+
+
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 DATA = bytes(range(256)) * 4096

@@ -378,28 +378,6 @@ async def test_lost_answer_to_the_put_is_not_a_failure(target: Target, folder: s
     assert target.path.exists() == (folder == "plain")
 
 
-@pytest.mark.parametrize("method", ["MOVE", "PUT"])
-async def test_lost_answers_while_publishing_are_resolved(target: Target, method: str) -> None:
-    async with FaultProxy(target.server.port, rules=[Rule(LoseReply(), method=method)]) as proxy:
-        target.port = proxy.port
-        await target.export("verify.readback")
-    assert target.left == [target.name, f"{target.name}.manifest.json"]
-
-
-@pytest.mark.parametrize("folder", ["open", "plain"])
-async def test_cancelled_put_leaves_nothing(target: Target, folder: str) -> None:
-    target.folder, target.scheme = folder, "http"
-    rules = [Rule(StallRequest(after_bytes=4 * MiB), method="PUT")]
-    async with FaultProxy(target.server.port, rules=rules) as proxy:
-        target.port = proxy.port
-        with anyio.fail_after(20):
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(target.export)
-                await proxy.until(lambda: any(seen.is_stalled for seen in proxy.seen))
-                tasks.cancel_scope.cancel()
-    assert target.left == []
-
-
 async def cut_while(target: Target, act: Callable[[Path], object], *, cancels: bool, options: str = "") -> Exception:
     """Export, and do something to the file on the server while 4 MiB of the PUT are there; how that ended.
 
@@ -600,14 +578,6 @@ async def test_full_disk_of_the_server_fails_the_run_and_leaves_nothing(tmp_path
             await target.store(mixed(20 * MiB, zeros=False), is_known=True)
         assert caught.value.operation == "put"
         assert target.left == []
-
-
-async def test_temporary_refusals_are_tried_again(target: Target) -> None:
-    rules = [Rule(Reply(status=503, headers={"Retry-After": "1"}, when="body"), method="PUT", when=Nth(1))]
-    async with FaultProxy(target.server.port, rules=rules) as proxy:
-        target.port = proxy.port
-        await target.store(mixed(3 * MiB))
-    assert [event.operation for event in target.events if isinstance(event, RetryScheduled)] == ["put"]
 
 
 async def test_redirected_put_is_refused_with_the_address(target: Target) -> None:
