@@ -206,16 +206,18 @@ class _Comparison:
                     charge.release()
 
     async def _compare(self, window: range, buffer: bytearray) -> None:
+        compared = window
         try:
             fetched = await self._image.fetch(window.start, len(window))
+            compared = range(fetched.offset, fetched.offset + fetched.length)  # a decoder's word, not ours
             differing = await anyio.to_thread.run_sync(self._decode_and_hash, fetched, buffer, limiter=self._threads)
         except FormatError as error:
             self._note(error)
             differing = [window]
         for found in differing:
             self._differences.add(found)
-        self._read += len(window)
-        self._count(window)
+        self._read += len(compared)
+        self._count(compared)
 
     def _decode_and_hash(self, fetched: Fetched, buffer: bytearray) -> list[range]:
         """Differing guest ranges of one window. Runs in a worker thread."""

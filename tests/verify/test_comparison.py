@@ -14,6 +14,8 @@ from pipeline.flow.buffers import Ledger
 from pipeline.flow.items import Verdict
 from pipeline.units import KiB, MiB, TiB
 from stages.checksum.leaves import LEAF, GuestDigest, LeafDigests, hash_leaves
+from stages.decode.image import Fetched
+from stages.decode.qcow2 import Qcow2Image
 from stages.verify.comparison import TOLD_MAX, WINDOW, WINDOW_MEMORY, Differences, verify_image
 from tests.decode.images import BytesReader, Patched, mixed_disk, qemu_convert, run
 
@@ -169,6 +171,24 @@ async def test_a_damaged_window_does_not_hide_the_others(plain_image: bytes) -> 
     assert "damaged" in verdict.detail
     assert len(verdict.differing) == 2
     assert verdict.coverage == 1.0
+
+
+@pytest.mark.parametrize("missing", [512, LEAF])
+async def test_a_decoder_that_gives_fewer_bytes_than_asked_for_is_no_proof(
+    plain_image: bytes, missing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not there differs in nothing: only the count tells."""
+    fetch = Qcow2Image.fetch
+
+    async def short(image: Qcow2Image, offset: int, length: int) -> Fetched:
+        return await fetch(image, offset, length if offset else length - missing)
+
+    monkeypatch.setattr(Qcow2Image, "fetch", short)
+    verdict = await verdict_on(plain_image)
+    assert verdict.state == "differs"
+    if missing == LEAF:  # else the last leaf of the window differs, too
+        assert f"{len(DISK) - missing} of {len(DISK)} bytes could be compared" in verdict.detail
+        assert verdict.coverage < 1.0
 
 
 async def test_a_damaged_table_differs_with_what_could_be_compared(plain_image: bytes) -> None:
