@@ -232,7 +232,7 @@ class PartDriver:
             return
         is_head = piece.offset < self._plan.head_length
         expected = self._head_position if is_head else self._position
-        if piece.offset != expected or (self._head_position and not is_head) or self._crosses(piece, is_head):
+        if piece.offset != expected or (self._head_position and not is_head):
             piece.release()
             raise StageError(
                 "a piece came out of order",
@@ -293,9 +293,6 @@ class PartDriver:
         copy = charged_slice(bytes(data.view), charge)
         segment.release()
         return Segment(segment.length, copy)
-
-    def _crosses(self, piece: Piece, is_head: bool) -> bool:
-        return is_head and piece.end > self._plan.head_length
 
     async def _begin(self, tasks: anyio.abc.TaskGroup) -> _Gathering:
         if self._next_part == len(self._body):
@@ -516,7 +513,7 @@ class PartDriver:
         """Send what was gathered last. Returns the sealed object where one request was enough."""
         if self._head_position != self._plan.head_length:
             raise StageError(
-                "the head of the image is missing",
+                "the head of the image is missing, or longer than its encoder said",
                 operation="write",
                 expected=self._plan.head_length,
                 got=self._head_position,

@@ -144,13 +144,13 @@ class RangeDriver:
             pause = max(_MARK_EVERY_S, _MARK_SHARE * (clock.now() - begun))
 
     def _settled(self) -> int:
-        """Every image byte below, behind a head that comes last, was written."""
+        """Every image byte below, behind a head that comes last, was written; 0 while that head is under way."""
         if not self._is_ascending:
             return 0
         waiting = [*self._writing.values(), *(offset for offset, _ in self._batch.parts)]
         if self._packer.is_open:
             waiting.append(self._packer.offset)
-        return min((offset for offset in waiting if offset >= self._head_length), default=self._position)
+        return min(waiting, default=self._position)
 
     async def _come_to_rest(self, tasks: anyio.abc.TaskGroup) -> None:
         """Nothing is under way when this returns: two writes of the same bytes could overtake each other.

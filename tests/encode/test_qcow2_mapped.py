@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import ConfigError, PlanError, SourceError
+from pipeline.errors import ConfigError, PlanError, SourceError, StageError
 from pipeline.flow.buffers import loose_slice
 from pipeline.flow.items import Block
 from pipeline.flow.mapping import DataMap
@@ -116,6 +116,18 @@ def test_checkpoint_of_another_map_is_refused() -> None:
     found = DataMap(64 * KiB, SOURCE.size)
     with pytest.raises(PlanError, match="checkpoint"):
         mapped(SOURCE, PLAIN, found)[0].restore(state)
+
+
+def test_blocks_that_end_inside_a_cluster_are_never_a_finished_image() -> None:
+    """A cluster of two blocks would be there twice, and every table wrong."""
+    source = disk("AB", 64 * KiB)
+    encoder, _ = mapped(source, PLAIN)
+    for offset in range(0, source.size, 32 * KiB):
+        block = Block(offset, 32 * KiB, loose_slice(bytes(32 * KiB)), source.runs(offset, offset + 32 * KiB))
+        for piece in encoder.place(encoder.prepare(block, None)):
+            piece.release()
+    with pytest.raises(StageError, match="do not end with the disk"):
+        encoder.finish()
 
 
 def test_image_of_a_large_sparse_disk_has_its_tables_in_front() -> None:

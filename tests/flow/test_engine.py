@@ -22,6 +22,7 @@ from pipeline.flow.items import Block, Piece, RangeReader, StoredImage, Verdict,
 from pipeline.flow.stage import Catalog, SinkPlan, SinkRequest, SourceInfo, StageContext
 from pipeline.units import MiB
 from stages.catalog import CATALOG
+from stages.encode import raw
 from stages.read import synthetic
 from stages.verify import receipt
 from stages.write import null
@@ -215,6 +216,28 @@ async def test_writer_that_loses_bytes_is_never_published(tmp_path: Path) -> Non
     watched = Watched()
     specs = catalog(write_null=writer_that(watched, drops=True))
     with pytest.raises(StageError, match="33554432 of 67108864 guest bytes"):
+        await export(chain(tmp_path), catalog=specs)
+    assert (watched.published, watched.withdrawn) == (0, 1)
+
+
+async def test_bytes_lost_between_encoder_and_writer_are_found_whatever_the_writer_says(tmp_path: Path) -> None:
+    """An encoder that forgets some, and a writer that acknowledges what it was told the disk has."""
+    watched = Watched()
+    base: Any = writer_that(watched)
+
+    class Forgetful(raw.RawEncoder):
+        def place(self, prepared: Any) -> list[Piece]:
+            pieces = super().place(prepared)
+            return [replace(piece, guest_bytes=0) if piece.offset == 4 * MiB else piece for piece in pieces]
+
+    class Credulous(base):  # type: ignore[misc]
+        async def run(self, inlet: Inlet[Piece], outlet: Outlet[StoredImage]) -> None:
+            await super().run(inlet, outlet)
+            progress = self._context.progress
+            progress.acknowledge(guest_bytes=SIZE - progress.acked_bytes, image_bytes=0)
+
+    specs = catalog(encode_raw=Forgetful, write_null=Credulous)
+    with pytest.raises(StageError, match=f"edge 0 carried 62914560 of {SIZE} guest bytes"):
         await export(chain(tmp_path), catalog=specs)
     assert (watched.published, watched.withdrawn) == (0, 1)
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import SourceError
+from pipeline.errors import SourceError, StageError
 from pipeline.events import Event
 from pipeline.flow.channels import Inlet, Outlet
 from pipeline.flow.items import Piece, StoredImage
 from pipeline.flow.stage import Catalog, SinkPlan, SinkRequest, StageContext
 from pipeline.units import KiB, MiB
 from stages.catalog import CATALOG
+from stages.encode import raw
 from stages.write import null
 from tests.chains import export, write_toml
 from tests.disks.letters import write_disk
@@ -125,3 +126,41 @@ async def test_chain_with_compressor_and_replay_runs_in_little_memory(tmp_path: 
     events: list[Event] = []
     await export(toml(tmp_path, *CHAINS["raw, zstd"], memory="64 MiB"), catalog=catalog(), events=events)
     assert Asking.asked
+
+
+class Replayed(raw.RawEncoder):
+    """Loses a piece, or all from there on, when it makes bytes again."""
+
+    made = 0
+    loses = slice(0)
+
+    def __init__(self, options: Any, context: StageContext) -> None:
+        super().__init__(options, context)
+        Replayed.made += 1
+        self._is_replay = Replayed.made > 1
+
+    def place(self, prepared: Any) -> list[Piece]:
+        kept = []
+        for piece in super().place(prepared):
+            if self._is_replay and self.loses.start <= piece.offset < self.loses.stop:
+                piece.release()
+            else:
+                kept.append(piece)
+        return kept
+
+
+@pytest.mark.parametrize(
+    "loses, message",
+    [
+        (slice(6 * MiB, 8 * MiB), "have a gap"),
+        (slice(8 * MiB, 1 << 60), "ended before the image bytes"),
+    ],
+)
+async def test_replay_that_loses_bytes_is_an_error_and_not_a_shorter_part(
+    tmp_path: Path, loses: slice, message: str
+) -> None:
+    Replayed.made, Replayed.loses = 0, loses
+    specs = Catalog([replace(spec, build=Replayed) if spec.name == "encode.raw" else spec for spec in catalog()])
+    chain = (f'read.disk; path = "{disk(tmp_path)}"', "encode.raw", "write.null")  # a digest would notice before
+    with pytest.raises(StageError, match=message):
+        await export(write_toml(tmp_path / "export.toml", *chain), catalog=specs)

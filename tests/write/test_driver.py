@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import anyio
 import anyio.lowlevel
@@ -17,12 +18,13 @@ from pipeline.flow.buffers import Ledger, loose_slice
 from pipeline.flow.items import Piece
 from pipeline.flow.orders import PartLimits
 from pipeline.flow.retry import Retry, RetryPolicy
-from pipeline.flow.stage import SinkRequest, StageContext
+from pipeline.flow.stage import KeptPart, SinkRequest, StageContext, Start
 from pipeline.units import KiB, MiB
 from stages.store.digests import Algorithm
-from stages.write.bodies import Segment, StreamedBody
+from stages.write.bodies import KeptBody, Segment, StreamedBody, sum_segments
 from stages.write.driver import DriverPlan, PartDriver, plan_driver
 from stages.write.faulty import Faulty
+from stages.write.kept import PartJournal, sums_to_text
 from stages.write.memory import MemoryStore
 from stages.write.parts import PlannedPart
 from stages.write.retrying import Retrying
@@ -202,6 +204,75 @@ async def test_pieces_that_break_the_order_are_never_committed(change: object) -
         await store_image(image, store.upload("a"), pieces=pieces())
     assert store.objects == {}
     assert store.open_uploads == set()
+
+
+class Noted:
+    """The journal of an earlier process that stored the first parts."""
+
+    id, mark, discards, resends = "1", 0, False, False
+
+    def __init__(self, start: Start, parts: Mapping[int, KeptPart]) -> None:
+        self.start = start
+        self.parts = parts
+        self.upload = {"id": "1"}
+        self.noted: list[int] = []
+
+    def note_upload(self, state: Mapping[str, Any]) -> None:
+        pass
+
+    def note_part(self, part: KeptPart) -> None:
+        self.noted.append(part.number)
+
+    def note_mark(self, position: int) -> None:
+        raise AssertionError("parts have no mark")
+
+    def drop_parts(self, numbers: Iterable[int]) -> None:
+        raise AssertionError("the store has them all")
+
+    def begin_anew(self, reason: str) -> None:
+        raise AssertionError(reason)
+
+    def keeps(self, error: BaseException) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("known", [2, 3])
+async def test_part_in_which_a_resumed_run_begins_counts_from_there_and_is_not_sent(known: int) -> None:
+    """The checkpoint lies inside the second part, which is stored: what is made again ends it, or is compared."""
+    image = Image([(MiB // 2, True)] * 40)
+    store = MemoryStore(SMALL)
+    upload = store.upload("a")
+    context = make_context(image)
+    plan = plan_for(image, context)
+    await upload.open()
+    kept = {}
+    for part in plan.parts.body[:known]:
+        segment = Segment(part.length, loose_slice(image.data[part.start : part.end]))
+        stored = await upload.put_part(part.number, KeptBody([segment], sum_segments([segment], Algorithm.MD5)))
+        kept[part.number] = KeptPart(
+            number=part.number,
+            start=part.start,
+            length=part.length,
+            guest_bytes=2 * part.length,
+            tag=stored.tag,
+            sums=sums_to_text(stored.sums),
+        )
+    begins = next(offset for offset in range(0, image.size, MiB // 2) if offset > plan.parts.body[1].start)
+    assert begins < plan.parts.body[1].end
+    journal = Noted(Start(position=begins, guest_bytes=2 * begins), kept)
+    pieces = [piece async for piece in image.pieces() if piece.offset >= begins]
+
+    async def rest() -> AsyncIterator[Piece]:
+        for piece in pieces:
+            yield piece
+
+    store.requests.clear()
+    await PartDriver(upload, context, plan, PartJournal(journal, dict)).store(rest())
+    assert store.objects == {"a": image.data}
+    assert context.progress.stored_bytes == image.size - begins
+    assert context.progress.acked_bytes == image.guest_bytes - 2 * begins
+    sent = [number for name, number in store.requests if name == "put_part"]
+    assert sent == journal.noted == list(range(known + 1, len(plan.parts.body) + 1))
 
 
 async def test_several_parts_are_in_flight_and_never_more_than_asked_for() -> None:
