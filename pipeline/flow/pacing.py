@@ -8,8 +8,8 @@ where it was refused, stays around it, and probes beyond it ever faster as long 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 import anyio
@@ -82,13 +82,40 @@ class Pacing:
             store's rate unused, 0.95 is refused twice as often.
         regain_s: how long the climb back to the refused rate takes; as long again, and the rate is a tenth above it.
         cut_requests: the share of the requests under way that is left; each `regain_s / 4` adds one.
-        measure_s: over how long the store's own rate is measured.
+        measure_s: over how long the store's own rate is measured. Requests that take longer count by what went of
+            them meanwhile, shorter ones when they are acknowledged.
     """
 
     cut: float = 0.9
     regain_s: float = 10.0
     cut_requests: float = 0.75
     measure_s: float = 5.0
+
+
+class Flight:
+    """One request's bytes on their way, and how many of them went lately."""
+
+    __slots__ = ("_marks", "_sent", "begun")
+
+    def __init__(self, now: float) -> None:
+        self.begun = now
+        self._sent = 0
+        self._marks = deque([(now, 0)])  # (when, bytes sent before)
+
+    def add(self, now: float, count: int, span: float) -> None:
+        """So many bytes went out; what they were is remembered in tenths of `span` seconds."""
+        if now - self._marks[-1][0] >= span / 10:
+            self._marks.append((now, self._sent))
+            while len(self._marks) > 1 and self._marks[1][0] <= now - span:
+                self._marks.popleft()
+        self._sent += count
+
+    def lately(self, now: float, span: float) -> int | None:
+        """Bytes of the last `span` seconds; None where it has not been under way for so long."""
+        if now - self.begun < span:
+            return None
+        since, before = next(mark for mark in reversed(self._marks) if mark[0] <= now - span)
+        return int((self._sent - before) * span / (now - since))
 
 
 class Pacer:
@@ -124,6 +151,7 @@ class Pacer:
         self._requests_left = float(requests)
         self._taken: deque[tuple[float, int]] = deque()
         self._begun = float("inf")
+        self._flights: set[Flight] = set()
         self._under_way = 0
         self._freed = anyio.Event()
 
@@ -151,11 +179,27 @@ class Pacer:
         self._bucket.bytes_per_s = self.bytes_per_s
         return self._bucket.bite
 
-    async def wait(self, count: int) -> None:
-        """Return when `count` more bytes may go."""
+    async def wait(self, count: int, flight: Flight | None = None) -> None:
+        """Return when `count` more bytes may go, of the request `flight`."""
         self._begun = min(self._begun, self._clock.now())
         self._bucket.bytes_per_s = self.bytes_per_s
         await self._bucket.wait(count)
+        if flight is not None:
+            flight.add(self._clock.now(), count, self._pacing.measure_s)
+
+    @contextmanager
+    def flight(self) -> Iterator[Flight]:
+        """While inside, a request is on its way; tell `taken` before the end where the store acknowledged it.
+
+        A part of hundreds of MiB takes longer than a rate is measured: what went of it lately counts then, and not
+        what happened to be acknowledged.
+        """
+        flight = Flight(self._clock.now())
+        self._flights.add(flight)
+        try:
+            yield flight
+        finally:
+            self._flights.discard(flight)
 
     def now(self) -> float:
         """The moment, for `refused`."""
@@ -191,10 +235,11 @@ class Pacer:
         await self._clock.sleep(self._pacing.regain_s / 4)
         scope.cancel()
 
-    def taken(self, count: int) -> None:
-        """The store acknowledged so many bytes."""
+    def taken(self, count: int, flight: Flight | None = None) -> None:
+        """The store acknowledged so many bytes, of the request `flight`."""
         now = self._clock.now()
-        self._taken.append((now, count))
+        lately = flight.lately(now, self._pacing.measure_s) if flight is not None else None
+        self._taken.append((now, count if lately is None else lately))
         self._forget(now)
 
     def refused(self, begun: float, length: int = 0, retry_after_s: float | None = None) -> None:
@@ -224,7 +269,8 @@ class Pacer:
             return  # nothing was taken yet: fewer requests at once, until something is
         self._ceiling = max(rate, float(_BITE_MIN))
         # A store that is out of breath refuses until it has drawn some; that says nothing about the new rate.
-        self._deaf_until = self._climb_from + _DEAF_REQUESTS * length / self._ceiling
+        deaf_s = min(_DEAF_REQUESTS * length / self._ceiling, self._pacing.regain_s)
+        self._deaf_until = self._climb_from + deaf_s
         self._emit(
             SendRateLowered(
                 stage=self._stage,
@@ -237,6 +283,10 @@ class Pacer:
     def _measured(self, now: float) -> float | None:
         """What the store took lately, in bytes a second; None where that is not known yet."""
         self._forget(now)
+        span = self._pacing.measure_s
+        long = [sent for flight in self._flights if (sent := flight.lately(now, span)) is not None]
+        if long:
+            return (sum(long) + sum(count for when, count in self._taken if when > now - span)) / span or None
         spent = now - max(self._begun, min(now - self._pacing.measure_s, self._taken[0][0] if self._taken else now))
         total = sum(count for _, count in self._taken)
         enough = _MEASURED_MIN if self._ceiling is not None else _MEASURED_MIN // 2

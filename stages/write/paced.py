@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 
 from pipeline.errors import StoreError
-from pipeline.flow.pacing import Pacer
+from pipeline.flow.pacing import Flight, Pacer
 from stages.store.digests import Algorithm, Buffer, Sums
 from stages.write.shapes import Body, PartUpload, Sealed, StoredPart
 
@@ -47,23 +47,25 @@ class Paced:
             return await self._put_part(number, body, begun)
 
     async def _put_part(self, number: int, body: Body, begun: float) -> StoredPart:
-        try:
-            stored = await self._upload.put_part(number, _PacedBody(body, self._pacer))
-        except StoreError as error:
-            self._note(error, begun, body.length)
-            raise
-        self._pacer.taken(stored.length)
+        with self._pacer.flight() as flight:
+            try:
+                stored = await self._upload.put_part(number, _PacedBody(body, self._pacer, flight))
+            except StoreError as error:
+                self._note(error, begun, body.length)
+                raise
+            self._pacer.taken(stored.length, flight)
         return stored
 
     async def put_whole(self, body: Body) -> Sealed:
         """As wrapped."""
         async with self._pacer.request(body.length) as begun:
-            try:
-                sealed = await self._upload.put_whole(_PacedBody(body, self._pacer))
-            except StoreError as error:
-                self._note(error, begun, body.length)
-                raise
-        self._pacer.taken(sealed.size)
+            with self._pacer.flight() as flight:
+                try:
+                    sealed = await self._upload.put_whole(_PacedBody(body, self._pacer, flight))
+                except StoreError as error:
+                    self._note(error, begun, body.length)
+                    raise
+                self._pacer.taken(sealed.size, flight)
         return sealed
 
     async def seal(self, parts: Sequence[StoredPart]) -> Sealed:
@@ -91,9 +93,10 @@ class Paced:
 class _PacedBody:
     """A body whose chunks come when they may go."""
 
-    def __init__(self, body: Body, pacer: Pacer) -> None:
+    def __init__(self, body: Body, pacer: Pacer, flight: Flight) -> None:
         self._body = body
         self._pacer = pacer
+        self._flight = flight
 
     @property
     def length(self) -> int:
@@ -112,6 +115,6 @@ class _PacedBody:
                 rest = memoryview(chunk)
                 while rest.nbytes:
                     bite = rest[: self._pacer.bite]
-                    await self._pacer.wait(bite.nbytes)
+                    await self._pacer.wait(bite.nbytes, self._flight)
                     yield bite
                     rest = rest[bite.nbytes :]

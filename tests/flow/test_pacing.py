@@ -168,19 +168,20 @@ async def send_parts(pacer: Pacer, store: BusyStore, *, part: int, line: float, 
         attempt = 0
         while True:
             async with pacer.request(part) as begun:
-                is_admitted = store.admits(part)
-                store.under_way += is_admitted
-                for sent in range(0, part, pacer.bite):
-                    await pacer.wait(min(pacer.bite, part - sent))
-                    await clock.sleep(min(pacer.bite, part - sent) / line)
-                    if not is_admitted:
+                with pacer.flight() as flight:
+                    is_admitted = store.admits(part)
+                    store.under_way += is_admitted
+                    for sent in range(0, part, pacer.bite):
+                        await pacer.wait(min(pacer.bite, part - sent), flight)
+                        await clock.sleep(min(pacer.bite, part - sent) / line)
+                        if not is_admitted:
+                            break
+                    store.under_way -= is_admitted
+                    if is_admitted:
+                        store.accepted.append((clock.now(), part))
+                        pacer.taken(part, flight)
                         break
-                store.under_way -= is_admitted
-                if is_admitted:
-                    store.accepted.append((clock.now(), part))
-                    pacer.taken(part)
-                    break
-                pacer.refused(begun, part, store.retry_after_s)
+                    pacer.refused(begun, part, store.retry_after_s)
             attempt += 1
             await clock.sleep(max(store.retry_after_s or 0, chance.uniform(0, min(20.0, 0.5 * 2**attempt))))
         await checkpoint()
@@ -204,6 +205,63 @@ async def test_it_settles_within_a_tenth_of_what_the_store_takes(rate: int, retr
     assert settled >= (0.9 if retry_after_s is None else 0.85) * rate
     assert len([when for when in store.refused if when > 30]) < 20, "refusals stay rare"
     assert any(isinstance(event, SendRateLowered) for event in events)
+
+
+async def send_streamed(pacer: Pacer, clock: WorldClock, length: int, *, line: float, refused: bool = False) -> None:
+    """A part that is sent while it is made, as `Paced` does; refused when all of it is there."""
+    begun = clock.now()
+    with pacer.flight() as flight:
+        left = length
+        while left:
+            bite = min(pacer.bite, left)
+            await pacer.wait(bite, flight)
+            await clock.sleep(bite / line)
+            left -= bite
+        if refused:
+            pacer.refused(begun, length)
+        else:
+            pacer.taken(length, flight)
+
+
+@pytest.mark.parametrize("refusals", [1, 2])
+async def test_one_refusal_of_a_part_of_hundreds_of_mib_does_not_slow_the_run_for_minutes(refusals: int) -> None:
+    """Small parts were acknowledged long ago; since then a long one was on its way, and went well."""
+    clock = WorldClock()
+    line = 100 * MiB
+    pacer = Pacer(clock, requests=8)
+
+    async def send() -> None:
+        for _ in range(5):
+            await send_streamed(pacer, clock, 20 * MiB, line=line)
+        for _ in range(refusals):
+            await send_streamed(pacer, clock, 2000 * MiB, line=line, refused=True)
+        for _ in range(8):
+            await send_streamed(pacer, clock, 500 * MiB, line=line)
+        ended.append(clock.now())
+
+    ended: list[float] = []
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(send)
+        await clock.run_until(1000.0)
+        assert pacer.bytes_per_s is not None
+        assert pacer.bytes_per_s > line
+        tasks.cancel_scope.cancel()
+    undisturbed = (5 * 20 + refusals * 2000 + 8 * 500) * MiB / line
+    assert ended[0] < 1.1 * undisturbed
+
+
+async def test_in_parts_that_take_long_most_of_what_the_store_takes_is_used() -> None:
+    """It admits a part only when it could take all of it at once: what waits for that is lost, not what we measure."""
+    clock = WorldClock()
+    store = BusyStore(clock, 40 * MiB)
+    pacer = Pacer(clock, requests=8)
+
+    def sender(seed: int) -> Callable[[], Coroutine[Any, Any, None]]:
+        return lambda: send_parts(pacer, store, part=400 * MiB, line=60 * MiB, seed=seed)
+
+    async with world(*[sender(seed) for seed in range(8)]):
+        await clock.run_until(400.0)
+    assert store.taken_between(100, 400) >= 0.72 * store.rate
 
 
 async def test_a_store_that_takes_more_again_gets_more() -> None:
