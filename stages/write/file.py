@@ -8,12 +8,16 @@ aligned buffers first.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shlex
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import anyio.from_thread
 
 from pipeline.errors import LeftBehindError, PlanError, StoreError
 from pipeline.events import FallbackTaken, UploadRemoved
@@ -43,6 +47,7 @@ from stages.write.ranges import RangeDriver
 
 _STAGING = 4 * MiB
 _STAGINGS = 3  # one is filled while two are written
+_ALONE_S = 10.0  # how long another run's renames are waited for
 _IN_FLIGHT = 3  # windows or staging buffers being written at once; a disk gains nothing from more
 
 
@@ -253,6 +258,12 @@ class FileWriter:
     def _note(self, journal: UploadJournal, *, inode: int) -> None:
         journal.note_upload({"inode": inode, "commands": [shlex.join(["rm", "-f", str(self._partial)])]})
 
+    def _note_moved(self, journal: UploadJournal) -> None:
+        """From here on, what has to be removed where the rest fails has the image's own name."""
+        assert self._ours is not None  # it was written
+        command = shlex.join(["rm", "-f", str(self._path), str(self._partial_manifest)])
+        journal.note_upload({"inode": self._ours[1], "commands": [command]})
+
     def _make_room(self) -> None:
         """Give the file its longest length at once: writes that extend a file wait for each other, others do not."""
         if self._context.layout is None:
@@ -340,8 +351,11 @@ class FileWriter:
                 file.write(manifest)
                 file.flush()
                 os.fsync(file.fileno())
-            self._move(self._partial, self._path)
-            self._move(self._partial_manifest, self._manifest_path)
+            with _alone_in(self._path.parent):
+                self._move(self._partial, self._path)
+                if self._journal is not None:
+                    anyio.from_thread.run_sync(self._note_moved, self._journal)
+                self._move(self._partial_manifest, self._manifest_path)
             _sync_folder(self._path.parent)
         except OSError as error:
             raise self._store_error(error, "publish") from None
@@ -429,6 +443,30 @@ def _write_fully(fd: int, view: memoryview, offset: int) -> None:
     done = 0
     while done < view.nbytes:
         done += os.pwrite(fd, view[done:], offset + done)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """While inside, no other run of ours renames in this folder.
+
+    Two runs with `overwrite` that end in the same moment would leave the image of one beside the manifest of the other.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        ends = time.monotonic() + _ALONE_S
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > ends:  # somebody else's lock; two renames take no time
+                    break
+                time.sleep(0.01)
+            except OSError:
+                break  # a share that knows no locks
+        yield
+    finally:
+        os.close(fd)
 
 
 def _sync_folder(folder: Path) -> None:

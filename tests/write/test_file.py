@@ -6,14 +6,24 @@ import dataclasses
 import errno
 import os
 import subprocess
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import anyio
 import pytest
 
 from pipeline.config.continuing import Attempt, Mode
-from pipeline.errors import LeftBehindError, PlanError, SourceError, StageError, StoreError, VerificationError
+from pipeline.errors import (
+    KeptError,
+    LeftBehindError,
+    PlanError,
+    SourceError,
+    StageError,
+    StoreError,
+    VerificationError,
+)
 from pipeline.events import Event, FallbackTaken, ImageSealed, PartStored, ProgressSampled, UploadOpened
 from pipeline.flow.items import Piece
 from pipeline.flow.manifest import Manifest
@@ -21,6 +31,7 @@ from pipeline.flow.stage import Catalog
 from pipeline.units import KiB, MiB
 from stages.catalog import CATALOG
 from stages.encode import raw
+from stages.write import file
 from tests.chains import export, write_toml
 from tests.disks.letters import write_disk
 
@@ -396,3 +407,54 @@ async def test_journal_stays_where_what_it_knows_of_could_not_be_removed(
             attempt=Attempt(mode=Mode.NEW),
         )
     assert journal.exists()
+
+
+async def test_publishing_that_fails_half_way_names_the_image_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image has its own name by then: whoever runs the commands is rid of it, and of the manifest that waited."""
+    write_disk(tmp_path / "disk", "ABCD" * 8, MiB)
+    link, journal = os.link, tmp_path / "journal"
+
+    def failing(source: Path, target: Path) -> None:
+        if target.name.endswith(".json"):
+            target = tmp_path / "no such folder" / "x"
+        link(source, target)
+
+    def rename(source: Path, target: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "link", failing)
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(KeptError) as kept:
+        await export(
+            chain(tmp_path, tmp_path / "image"),
+            overrides=[f"export.journal={journal}"],
+            attempt=Attempt(mode=Mode.NEW),
+        )
+    assert (tmp_path / "image").exists()
+    assert kept.value.commands
+    for command in kept.value.commands:
+        subprocess.run(["sh", "-c", command], check=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "export.toml"]
+
+
+def test_only_one_run_at_a_time_gives_image_and_manifest_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two with overwrite that end together would leave the image of one beside the manifest of the other."""
+    other, waits = ExitStack(), list[float]()
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            other.close()
+
+    monkeypatch.setattr(time, "sleep", wait)
+    other.enter_context(file._alone_in(tmp_path))
+    with file._alone_in(tmp_path):
+        assert len(waits) == 3
+    other.enter_context(file._alone_in(tmp_path))
+    monkeypatch.setattr(time, "monotonic", iter((0.0, 5.0, 11.0)).__next__)
+    with file._alone_in(tmp_path):  # a lock that is held for long is none of ours
+        other.close()
