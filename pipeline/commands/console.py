@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from pipeline.observe.logs import RunLog
 
 T = TypeVar("T")
+_MORE_FILES = "Raise the limit of open files: ulimit -n 1024, and run it again."
 
 
 class Interrupted(PipelineError):
@@ -133,6 +135,8 @@ class Console:
     def fail(self, error: BaseException) -> int:
         """Say what went wrong; returns the exit code."""
         told = error_to_tell(error)
+        if isinstance(told, OSError) and told.errno in (errno.EMFILE, errno.ENFILE):
+            told = PipelineError(os.strerror(errno.EMFILE))
         if isinstance(told, ConfigError):
             for fault in told.faults:
                 fields = {name: value for name, value in dataclasses.asdict(fault).items() if name != "text"}
@@ -146,9 +150,11 @@ class Console:
             self.note(message if isinstance(told, Interrupted) else f"error: {message}")
             if isinstance(told, LeftBehindError):
                 self.note(f"  after: {cause_of(told)}")
-            if told.hint:
-                self.note(f"  {told.hint}")
-            self._tell_failed(message, told.hint, told.exit_code)
+            # Whatever was being opened: the way out is the same.
+            hint = told.hint or (_MORE_FILES if os.strerror(errno.EMFILE) in message else "")
+            if hint:
+                self.note(f"  {hint}")
+            self._tell_failed(message, hint, told.exit_code)
             return told.exit_code
         if isinstance(told, SystemExit):
             raise told

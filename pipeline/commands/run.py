@@ -121,15 +121,22 @@ async def run_chain(
     _shape_the_heap()
     from pipeline.events import Event, EventStream, PreflightDone, RunFailed, UploadKept
     from pipeline.flow.stage import NOTHING
-    from pipeline.observe.progress import make_display, summary_lines
+    from pipeline.observe.progress import make_display, phase_line, summary_lines
 
     events = EventStream()
-    events.subscribe(console.open_log(config.observe))
+    log = console.open_log(config.observe)
+    is_shown = not console.as_json and not quiet
+
+    def note_in_log(event: Event) -> None:
+        if log.is_file or not is_shown or not phase_line(event):  # else the display tells it, in words
+            log(event)
+
+    events.subscribe(note_in_log)
     report = _observe(config, events)
     display = None
     if console.as_json:
         events.subscribe(JsonEvents(console))
-    elif not quiet:
+    elif is_shown:
         display = make_display(sys.stderr)
         events.subscribe(display)
     kept: list[UploadKept] = []

@@ -26,6 +26,8 @@ _NAME_MAX = 100
 FILE_MAX = MiB
 # From this likeness on a name is offered instead. Lower, and "target" is taken for "stage"; higher, and slips are lost.
 MEANT = 0.75
+# What somebody writes who takes a path for a switch. A file of that name is "./on".
+_SWITCHES = ("on", "true", "yes", "default", "auto")
 NAMES_SHOWN = 12  # a longer list of names is not read by anybody
 
 
@@ -334,6 +336,9 @@ class _Reader:
         if options.memory < MEMORY_MIN:
             reason = f"memory: {format_size(options.memory)} is too little"
             self._value_fault(table, "memory", reason, f"at least {format_size(MEMORY_MIN)}")
+        for key, value in (("journal", options.journal), ("manifest", options.manifest)):
+            if str(value) in _SWITCHES:
+                self._value_fault(table, key, f'{key}: "{value}" is no path', f"leave {key} out: then it is written")
         if options.journal == "off" and table.content.get("on_failure") == "keep":
             reason = "on_failure: nothing can be kept without a journal"
             self._value_fault(table, "on_failure", reason, 'remove journal = "off"')

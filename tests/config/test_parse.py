@@ -266,6 +266,13 @@ def test_a_nul_character_is_a_fault_wherever_it_stands(tmp_path: Path, option: s
     assert "a NUL character can't be part of it" in fault.reason
 
 
+@pytest.mark.parametrize("option", ["journal", "manifest"])
+def test_a_path_that_was_taken_for_a_switch_is_refused(tmp_path: Path, option: str) -> None:
+    """It would become a file of that name."""
+    text = GOOD.replace("[export]", f'[export]\n{option} = "on"')
+    assert only(tmp_path, text)[1] == f'{option}: "on" is no path'
+
+
 def test_keep_without_a_journal_is_refused(tmp_path: Path) -> None:
     text = GOOD.replace("[export]", '[export]\njournal = "off"\non_failure = "keep"')
     assert only(tmp_path, text)[1] == "on_failure: nothing can be kept without a journal"

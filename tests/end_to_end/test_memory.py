@@ -54,8 +54,8 @@ def run_with_few_parts(toml: Path, port: int, parts: int) -> tuple[int, str]:
     "size, parts, longest, encoder",
     [
         (64 * GiB, 64, 5 * GiB, 'encode.qcow2; compression = "none"'),
-        (2 * GiB, 12, 569 * MiB, "encode.qcow2"),
-        (4 * GiB, 16, 951 * MiB, "encode.raw"),
+        (GiB, 12, 240 * MiB, "encode.qcow2"),
+        (2 * GiB, 12, 547 * MiB, "encode.raw"),
     ],
 )
 def test_disk_far_larger_than_memory_travels_in_bounded_memory(

@@ -36,6 +36,28 @@ def test_in_a_pipe_the_result_is_plain_lines_and_the_progress_too(toml: Path) ->
     assert "\r" not in said.out + said.err
 
 
+@pytest.mark.parametrize("option", [(), ("--quiet",), ("--log-file", "/dev/null")])
+def test_what_went_another_way_than_planned_is_told_once(
+    toml: Path, option: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the progress, in words; where there is none, by the log on stderr."""
+    monkeypatch.setenv("XDG_STATE_HOME", "/dev/null/state")
+    said = call("run", toml, *option)
+    assert said.code == 0
+    assert said.err.count("no journal at ") == 1, said.err
+
+
+@pytest.mark.parametrize("limit", [7, 8, 10])
+def test_too_few_open_files_are_told_with_the_way_out(toml: Path, limit: int) -> None:
+    command = f"ulimit -n {limit}; exec {' '.join(PROGRAM)} run {toml}"
+    done = subprocess.run(
+        ["bash", "-c", command], env=environment(), capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode in (1, 2), done.stderr
+    assert "ulimit -n 1024" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_quiet_says_the_result_only(toml: Path) -> None:
     said = call("run", toml, "--quiet")
     assert said.code == 0
