@@ -40,6 +40,7 @@ class Target:
     Attributes:
         stage: of the TOML file: the writer, and its options behind semicolons.
         shape: of its uploads (stages/write/shapes.py); a stream is one request whose faults are those of the wire.
+        stored: the image, byte by byte; a disk to its end.
         names: everything that lies there, also what is not visible yet (open uploads). A disk that is written in place
             is there as long as its begin or end, which hold the partition tables, are not zero.
         encoder: of what it takes.
@@ -50,6 +51,7 @@ class Target:
 
     stage: str
     shape: Literal["parts", "ranges", "stream"]
+    stored: Callable[[], bytes]
     names: Callable[[], list[str]]
     encoder: str = 'encode.qcow2; compression = "none"'
     result: tuple[str, ...] = BOTH
@@ -63,6 +65,7 @@ def _file(request: pytest.FixtureRequest, folder: Path) -> Target:
     return Target(
         stage=f'write.file; path = "{place / NAME}"',
         shape="ranges",
+        stored=lambda: (place / NAME).read_bytes(),
         names=lambda: sorted(one.name for one in place.iterdir()),
     )
 
@@ -76,6 +79,7 @@ def _sftp(request: pytest.FixtureRequest, folder: Path) -> Target:
         stage=f'write.sftp; url = "{url}"; identity_files = ["{server.identity}"]; agent = false; '
         f'known_hosts = "{server.known_hosts}"',
         shape="ranges",
+        stored=lambda: (place / NAME).read_bytes(),
         names=lambda: sorted(one.name for one in place.iterdir()),
     )
 
@@ -102,6 +106,7 @@ def _s3(server: S3Server) -> Target:
     return Target(
         stage=f'write.s3; url = "s3://{place}"',
         shape="parts",
+        stored=lambda: server.get(*place.split("/", 1)),
         names=names,
         environment=server.environment(),
     )
@@ -113,6 +118,7 @@ def _azure_block(request: pytest.FixtureRequest, folder: Path) -> Target:
     return Target(
         stage=f'write.azure_block; url = "az://{container}/{NAME}"',
         shape="parts",
+        stored=lambda: server.get(container, NAME),
         # Blobs alone: a block that was on its way when the upload was aborted may come after it. The store removes such
         # blocks within a week; that what came before is removed at once, tests/write/test_azure.py shows.
         names=lambda: server.names(container, uncommitted=False),
@@ -126,6 +132,7 @@ def _azure_page(request: pytest.FixtureRequest, folder: Path) -> Target:
     return Target(
         stage=f'write.azure_page; url = "az://{container}/{NAME}"',
         shape="ranges",
+        stored=lambda: server.get(container, NAME),
         names=lambda: server.names(container),
         encoder='encode.vhd; variant = "fixed"',
         environment=server.environment(),
@@ -152,6 +159,7 @@ def _nbd(request: pytest.FixtureRequest, folder: Path) -> Target:
     return Target(
         stage=f'write.nbd; url = "{server.url(disk.name)}"',
         shape="ranges",
+        stored=disk.read_bytes,
         names=lambda: _names_of_disk(disk),
         encoder="encode.raw",
         result=(NAME,),
@@ -168,6 +176,7 @@ def _device(request: pytest.FixtureRequest, folder: Path) -> Target:
     return Target(
         stage=f'write.device; path = "{device}"',
         shape="ranges",
+        stored=device.read_bytes,
         names=lambda: _names_of_disk(device),
         encoder="encode.raw",
         result=(NAME,),
@@ -182,6 +191,7 @@ def _http(request: pytest.FixtureRequest, kind: str, scheme: str) -> Target:
     return Target(
         stage=f'write.http; url = "{server.url(f"{kind}/{place.name}/{NAME}", scheme)}"',
         shape="stream",
+        stored=lambda: (place / NAME).read_bytes(),
         names=lambda: sorted(one.name for one in place.iterdir()),
         port=server.port,
     )
@@ -194,6 +204,7 @@ def _gcs(request: pytest.FixtureRequest, folder: Path) -> Target:
     return Target(
         stage=f'write.gcs; url = "gs://{place}"; endpoint = "{server.endpoint}"',
         shape="parts",
+        stored=lambda: server.get(*place.split("/", 1)),
         names=names,
         environment={
             "GS_ACCESS_KEY_ID": server.credentials.access_key,
