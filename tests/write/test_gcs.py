@@ -27,7 +27,9 @@ from pipeline.flow.engine import Outcome
 from pipeline.flow.orders import Order
 from pipeline.flow.stage import SinkRequest
 from pipeline.units import MiB
+from stages.store.gcs import GcsClient
 from stages.store.gcs_access import BearerSigner, GcsAccess, ServiceAccount
+from stages.store.http import BytesBody
 from stages.write import parts
 from stages.write.gcs import GcsPartsWriter, Options
 from tests.chains import export, write_toml
@@ -224,6 +226,26 @@ async def test_session_of_an_earlier_process_is_gone_on_with(
     assert outcome.state == "identical"
     assert sent == disk.stat().st_size - 6 * MiB
     assert bench.server.get(bench.bucket, NAME) == disk.read_bytes()
+
+
+async def test_part_of_a_chunk_that_the_store_has_is_not_sent_again(bench: Bench, small_parts: None) -> None:
+    """The line broke in the middle of a chunk, and the store kept what it had of it."""
+    disk = write_disk(bench.tmp / "disk", "ABCDEFGHI", MiB, tail=512)
+    fifth = Rule(Reply(status=400, when="body"), method="PUT", query="upload_id=", when=Nth(5))
+    async with FaultProxy(bench.server.port, rules=[fifth]) as proxy:
+        bench.reach(proxy.url)
+        with pytest.raises(KeptError):
+            await export(bench.toml(), attempt=Attempt(command="pipeline run x"))
+        (session, *_) = proxy.requests("PUT", query="upload_id=")
+    client = GcsClient(bench.bucket, GcsAccess(endpoint=bench.server.endpoint))
+    half = disk.read_bytes()[4 * MiB : 4 * MiB + MiB // 2]
+    span = f"bytes {4 * MiB}-{4 * MiB + len(half) - 1}/*"
+    reached, _ = await client.send_chunk(f"{session.path}?{session.query}", BytesBody(half), span, "put_part")
+    await client.close()
+    assert reached == 4 * MiB + len(half)
+    outcome, sent = await gone_on(bench)
+    assert outcome.state == "identical"
+    assert sent == disk.stat().st_size - reached
 
 
 async def test_object_that_was_complete_and_not_published_is_not_sent_again(bench: Bench, small_parts: None) -> None:

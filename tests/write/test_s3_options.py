@@ -142,6 +142,7 @@ async def test_session_tokens_that_end_on_the_way_are_taken_anew_and_buckets_sta
     seaweedfs: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_file: Path
 ) -> None:
     """A program outside writes new ones into the file, as those of single sign-on do; they say no time of expiry."""
+    bucket = seaweedfs.new_bucket()  # before the proxy is set, which the test's own client must not take
     first, second = _session(1, 6), _session(2, 1000)
     by_file.write_text(first.in_a_file())
     events: list[Event] = []
@@ -151,7 +152,7 @@ async def test_session_tokens_that_end_on_the_way_are_taken_anew_and_buckets_sta
 
     async with FrontDoor(seaweedfs, host="s3.example", sessions=[first, second], on_end=renew) as front:
         monkeypatch.setenv("http_proxy", front.url)
-        toml = chain(tmp_path, seaweedfs.new_bucket(), "http://s3.example", "parts_in_flight = 4")
+        toml = chain(tmp_path, bucket, "http://s3.example", "parts_in_flight = 4")
         outcome = await export(toml, events=events)
         told = {seen.status for seen in front.seen}
     assert outcome.state == "identical"
@@ -167,13 +168,15 @@ async def test_session_tokens_that_end_on_the_way_are_taken_anew_and_buckets_sta
 async def test_session_token_that_ended_for_good_is_told_with_the_way_on(
     seaweedfs: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_file: Path
 ) -> None:
-    session = _session(1, 6)
+    bucket, session = seaweedfs.new_bucket(), _session(1, 6)
     by_file.write_text(session.in_a_file())
     async with FrontDoor(seaweedfs, host="s3.example", sessions=[session]) as front:
         monkeypatch.setenv("http_proxy", front.url)
-        toml = chain(tmp_path, seaweedfs.new_bucket(), "http://s3.example", "parts_in_flight = 1")
+        toml = chain(tmp_path, bucket, "http://s3.example", "parts_in_flight = 1")
         with pytest.raises(LeftBehindError) as caught:  # what was stored can't be removed without credentials either
             await export(toml)
+        told = [seen.status for seen in front.seen]
+    assert told.count(400) <= 4, "asked again and again although nothing is new"
     assert "ExpiredToken" in str(caught.value)
     assert "abort-multipart-upload" in caught.value.commands[0]
     assert isinstance(caught.value.cause, StoreError)
