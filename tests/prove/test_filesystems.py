@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -81,6 +84,26 @@ async def test_damage_is_damage(tmp_path: Path) -> None:
     result = await checked(path)
     assert result.state == "failed"
     assert "e2fsck" in " ".join(result.details)
+
+
+def test_what_was_mounted_for_a_checker_goes_with_us_also_on_kill_9(tmp_path: Path) -> None:
+    # Inodes that have to be looked at, so that the checker takes longer than it takes to see it.
+    path = made(tmp_path, 160 * MiB, "mkfs.ext4", "-q", "-F", "-O", "^metadata_csum,^uninit_bg", "-N", "200000")
+    words = [sys.executable, "-m", "pipeline", "prove", str(path), "-f", "raw"]
+    words += ["--skip", "digest,structure,preflight,boot"]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def is_mounted() -> bool:
+        return f"/pipeline-prove-{process.pid}-" in Path("/proc/mounts").read_text()
+
+    ends = time.monotonic() + 30
+    while not is_mounted():
+        assert process.poll() is None
+        assert time.monotonic() < ends
+    process.kill()
+    process.wait()
+    while is_mounted():
+        assert time.monotonic() < ends
 
 
 async def test_nothing_that_can_be_checked_is_no_pass(tmp_path: Path) -> None:
