@@ -50,7 +50,11 @@ class Codec:
 
 
 def deflate(level: Level) -> Codec:
-    """Raw deflate with a 4 KiB window: ISA-L level 1, or zlib-ng level 6."""
+    """Raw deflate with a 4 KiB window: ISA-L level 1, or zlib-ng level 4.
+
+    Measured on clusters of a Debian system against zlib level 6, which QEMU uses: zlib-ng level 4 is 3.4 times as fast
+    and its streams are 3.4 % larger; level 6 is 2.9 times as fast, 2.1 % larger; level 3 is 4.5 % larger.
+    """
     if level == "fast":
         import isal
         from isal import igzip_lib
@@ -68,12 +72,12 @@ def deflate(level: Level) -> Codec:
     from zlib_ng import zlib_ng as ng
 
     def compress_small(cluster: memoryview | bytes) -> bytes:
-        stream = ng.compressobj(6, ng.DEFLATED, -WINDOW_BITS, 9)
+        stream = ng.compressobj(4, ng.DEFLATED, -WINDOW_BITS, 9)
         first: bytes = stream.compress(cluster)
         rest: bytes = stream.flush()
         return first + rest
 
-    return Codec(f"deflate-12 zlib-ng {zlib_ng.__version__} ({ng.ZLIBNG_VERSION}) level 6", compress_small)
+    return Codec(f"deflate-12 zlib-ng {zlib_ng.__version__} ({ng.ZLIBNG_VERSION}) level 4", compress_small)
 
 
 def zlib_stream(level: Level) -> Codec:
