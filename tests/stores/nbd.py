@@ -103,7 +103,9 @@ class NbdServer:
         self.process.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is not None and not self.process.is_running():
+            error.add_note(f"the server had ended by itself; {self.process.log_tail()}")
         self.process.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
