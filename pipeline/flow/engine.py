@@ -333,9 +333,10 @@ def _window_point_taker(plan: RunPlan, compressor: Compressor[Any]) -> Callable[
     journal = plan.journal
     if journal is None:
         return None
+    checks = remembering_checks(plan.checks)
 
     def take(window_offset: int, guest_bytes: int) -> None:
-        journal.take_outer_point(compressor, window_offset, guest_bytes)
+        journal.take_outer_point(compressor, window_offset, guest_bytes, checks)
 
     return take
 

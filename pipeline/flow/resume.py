@@ -393,9 +393,7 @@ class RunJournal:
         state = encoder.checkpoint()
         self._append_leaves(_POINT, here, deltas)
         self._noted_to = here
-        for check in checks:
-            if noted := check.delta():
-                self._append_leaves(_CHECKED, check.covered, [noted])
+        self._note_checks(checks)
         if is_inner:
             self._inside.append(_Inside(start, state))
         else:
@@ -403,12 +401,19 @@ class RunJournal:
         now = self._clock.now()
         self._next_point = now + max(POINT_EVERY_S, POINT_SHARE * (now - begun))
 
-    def take_outer_point(self, compressor: Compressor[Any], window_offset: int, guest_bytes: int) -> None:
+    def take_outer_point(
+        self,
+        compressor: Compressor[Any],
+        window_offset: int,
+        guest_bytes: int,
+        checks: Sequence[RememberingCheck] = (),
+    ) -> None:
         """Called before every window of a compressor is placed; makes a point of the encoder's last state before it.
 
         Args:
             window_offset: where the window begins in the image before compressing.
             guest_bytes: how much of the disk the windows before account for.
+            checks: of the image. They are noted here too: many windows come after the last block boundary.
         """
         found: _Inside | None = None
         while self._inside and self._inside[0].start.position <= window_offset:
@@ -416,6 +421,7 @@ class RunJournal:
         if found is None or self._broken:
             return
         begun = self._clock.now()
+        self._note_checks(checks)
         inner = Inner(position=found.start.position, guest_bytes=found.start.guest_bytes, window_offset=window_offset)
         # Blocks that were placed since are in what is stored, too, and the last one may be on its way: until the next
         # boundary is told nobody knows where it ends.
@@ -433,6 +439,11 @@ class RunJournal:
             self._uncovered = None
         now = self._clock.now()
         self._next_point = max(self._next_point, now + POINT_SHARE * (now - begun))
+
+    def _note_checks(self, checks: Sequence[RememberingCheck]) -> None:
+        for check in checks:
+            if noted := check.delta():
+                self._append_leaves(_CHECKED, check.covered, [noted])
 
     def _add_point(self, point: Point) -> None:
         self.points.append(point)
