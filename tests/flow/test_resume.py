@@ -287,3 +287,39 @@ def test_point_inside_a_part_needs_what_the_part_holds_to_be_compared(tmp_path: 
     again._drop_points()
     assert [point.position for point in again.points] == [180, 230]
     again.close()
+
+
+class Checked:
+    """A check that has taken in the image up to `covered`."""
+
+    def __init__(self, covered: int = 0) -> None:
+        self.covered = self._told = covered
+
+    def delta(self) -> bytes:
+        found = b"digests" if self.covered > self._told else b""
+        self._told = self.covered
+        return found
+
+    def recall(self, delta: bytes) -> None:
+        raise AssertionError("nothing is recalled here")
+
+
+class Compressed(States):
+    """A compressor with nothing but a place and a state."""
+
+    position = 300
+
+
+def test_what_a_check_took_in_is_noted_with_the_windows_behind_the_last_block(tmp_path: Path) -> None:
+    """All blocks of a small disk are read long before their windows are stored."""
+    journal, recorder, check = opened(tmp_path / "a.journal"), MapRecorder(), Checked()
+    journal.begin(HEADER)
+    journal.note_upload({})
+    last = Start(position=200, guest_offset=2 * LEAF, guest_bytes=2 * LEAF)
+    journal.take_point(States(), last, [recorder], checks=[check], is_end=True, is_inner=True)  # type: ignore[arg-type]
+    check.covered = 400
+    journal.take_outer_point(Compressed(), 256, 2 * LEAF, [check])  # type: ignore[arg-type]  # all that it needs
+    journal.note_upload({"id": "kept"})
+    journal.close()
+    again = opened(tmp_path / "a.journal")
+    assert again.checked_from(300) == 400
