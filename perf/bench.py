@@ -67,7 +67,8 @@ class Bench:
                 # The log lies beside the folder, so that no contender finds it in its way.
                 log = ground.folder.with_suffix(".log")
                 usage = measure(attempt.steps, environment=attempt.environment, folder=PROJECT, log=log)
-                run = replace(run, usage=usage, image_bytes=stored_bytes(attempt, ground))
+                share = float(attempt.share.read_text()) if attempt.share else None
+                run = replace(run, usage=usage, share=share, image_bytes=stored_bytes(attempt, ground))
                 if with_proof:
                     run = replace(run, proof=prove(attempt, ground))
             except (CommandFailed, ImageWrong) as error:

@@ -79,6 +79,8 @@ class Attempt:
     environment: Mapping[str, str] = field(default_factory=dict)
     explained: str = ""
     """What the commands do not show: the stages of an export."""
+    share: Path | None = None
+    """Where a contender that times a part of itself writes that part's share of the run, a number from 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +111,7 @@ class Contender:
     """How it reaches the store; without one, at once."""
 
 
-Figure = Literal["wall ratio", "cpu ratio", "size ratio", "read ratio", "peak memory", "step time"]
+Figure = Literal["wall ratio", "cpu ratio", "size ratio", "read ratio", "peak memory", "step time", "share"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,7 @@ class Goal:
     """A bound on a figure of a case. The median of the rounds is held against it (for memory the largest).
 
     A step time is the median over the steps of an attempt, in seconds: for what is too short to be measured once.
+    A share is what a contender measured inside of itself: for what is smaller than the difference of any two runs.
     """
 
     figure: Figure
@@ -128,7 +131,11 @@ class Goal:
         return self.figure in ("wall ratio", "cpu ratio")
 
     def text(self) -> str:
-        values = {"peak memory": f"{self.bound / (1 << 20):.0f} MiB", "step time": f"{self.bound:g} s"}
+        values = {
+            "peak memory": f"{self.bound / (1 << 20):.0f} MiB",
+            "step time": f"{self.bound:g} s",
+            "share": f"{self.bound:.0%}",
+        }
         value = values.get(self.figure, f"{self.bound:g}x")
         return f"{'≥' if self.is_floor else '≤'} {value}"
 

@@ -25,6 +25,7 @@ class Run:
     round: int
     commands: tuple[str, ...]
     usage: Usage | None = None
+    share: float | None = None
     image_bytes: int | None = None
     proof: str | None = None
     failure: str | None = None
@@ -78,6 +79,8 @@ class Report:
             return spread([float(run.usage.peak_rss) for run in ours.values() if run.usage])
         if figure == "step time":
             return spread([median(run.usage.steps_s) for run in ours.values() if run.usage])
+        if figure == "share":
+            return spread([run.share for run in ours.values() if run.share is not None])
         if case.rival is None:
             return None
         rivals = self.good_runs(case.rival.name, case.disk)
@@ -141,7 +144,7 @@ def _record(report: Report) -> dict[str, object]:
 
 
 def _case_record(report: Report, case: Case) -> dict[str, object]:
-    figures: tuple[Figure, ...] = ("wall ratio", "cpu ratio", "size ratio", "read ratio", "peak memory")
+    figures: tuple[Figure, ...] = ("wall ratio", "cpu ratio", "size ratio", "read ratio", "peak memory", "share")
     found = {figure: spread for figure in figures if (spread := report.figure(case, figure)) is not None}
     return {
         "name": case.name,
@@ -194,7 +197,7 @@ def _case_rows(report: Report, case: Case) -> list[str]:
     goals = {goal.figure: goal for goal in case.goals}
     figures: list[Figure] = ["wall ratio", "cpu ratio", "size ratio"] if case.rival else []
     figures += ["read ratio"] if "read ratio" in goals else []
-    figures += [figure for figure in ("peak memory", "step time") if figure in goals]
+    figures += [figure for figure in ("peak memory", "step time", "share") if figure in goals]
     rows = []
     for figure in figures:
         found = report.figure(case, figure)
@@ -212,6 +215,8 @@ def _figure_text(figure: Figure, found: Spread) -> str:
         return Spread(found.middle / MIB, found.low / MIB, found.high / MIB, found.count).text(0) + " MiB"
     if figure == "step time":
         return found.text(3) + " s"
+    if figure == "share":
+        return Spread(found.middle * 100, found.low * 100, found.high * 100, found.count).text(2) + " %"
     return found.text(3 if figure in ("size ratio", "read ratio") else 2) + "x"
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import os
-from difflib import get_close_matches
 
 import click
 
 from pipeline import __version__
+
+# numpy's linear algebra, which nothing here uses, starts a thread for every core when it is loaded.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # Verb: (module that holds its `command`, summary). A module is imported when its verb is called, so that help is
 # there at once: what a run needs takes longer to import than a person waits for help.
@@ -53,6 +55,8 @@ class Verbs(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """As click does, with a way out for a misspelt verb."""
         if args and not args[0].startswith("-") and args[0] not in VERBS:
+            from difflib import get_close_matches
+
             close = get_close_matches(args[0], VERBS, n=1)
             hint = f'did you mean "{close[0]}"?' if close else f"there are {', '.join(VERBS)}"
             ctx.fail(f'There is no verb "{args[0]}": {hint}')

@@ -7,7 +7,6 @@ import tomllib
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, Literal
 
@@ -192,6 +191,8 @@ def _closeness(word: str, name: str) -> float:
 
 
 def _likeness(one: str, other: str) -> float:
+    from difflib import SequenceMatcher
+
     begins = min(len(one), len(other)) >= 3 and (one.startswith(other) or other.startswith(one))
     return max(SequenceMatcher(None, one, other).ratio(), MEANT if begins else 0.0)
 

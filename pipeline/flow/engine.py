@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 import aiofiles
@@ -611,12 +613,12 @@ def _shown(value: Any) -> dict[str, Any]:
 
 
 def _library_versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
+    """Of the libraries that shape an image or its digests, those that this run loaded."""
+    names = ("isal", "zlib_ng", "zstandard", "xxhash", "blake3", "lz4")
+    loaded = {name: module for name in names if (module := sys.modules.get(name))}
+    return {name.replace("_", "-"): _version(module) for name, module in loaded.items()}
 
-    found = {}
-    for name in ("isal", "zlib-ng", "zstandard", "xxhash", "blake3", "lz4"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+
+def _version(module: ModuleType) -> str:
+    # xxhash has no __version__. The packages' metadata would bring a parser of e-mail with it.
+    return str(getattr(module, "__version__", None) or getattr(module, "VERSION", "unknown"))

@@ -750,19 +750,27 @@ class StageSpec:
 
 
 class Catalog:
-    """The SPECs by name, in catalog order."""
+    """The SPECs by name, in catalog order.
 
-    def __init__(self, specs: Iterable[StageSpec]) -> None:
-        self._specs = {spec.name: spec for spec in specs}
+    Args:
+        specs: all of them; or by name how each is loaded when it is first asked for: a run needs a few of many.
+    """
+
+    def __init__(self, specs: Iterable[StageSpec] | Mapping[str, Callable[[], StageSpec]]) -> None:
+        self._loads = specs if isinstance(specs, Mapping) else {}
+        self._specs = {} if isinstance(specs, Mapping) else {spec.name: spec for spec in specs}
+        self._names = tuple(self._loads or self._specs)
 
     def __iter__(self) -> Iterator[StageSpec]:
-        return iter(self._specs.values())
+        return (spec for name in self._names if (spec := self.find(name)))
 
     def find(self, name: str) -> StageSpec | None:
         """The SPEC of this TOML name, or None."""
+        if name not in self._specs and name in self._loads:
+            self._specs[name] = self._loads[name]()
         return self._specs.get(name)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Every TOML name."""
-        return tuple(self._specs)
+        return self._names

@@ -329,6 +329,6 @@ def _item(items: dict[uuid.UUID, bytes], kind: uuid.UUID, length: int, region: R
 
 def _has_checksum(raw: bytes) -> bool:
     """Whether the CRC-32C in bytes 4 to 8 is that of the rest, itself counted as zero."""
-    from awscrt.checksums import crc32c
+    import google_crc32c
 
-    return bool(crc32c(raw[:4] + bytes(4) + raw[8:]) == struct.unpack_from("<I", raw, 4)[0])
+    return bool(google_crc32c.value(raw[:4] + bytes(4) + raw[8:]) == struct.unpack_from("<I", raw, 4)[0])

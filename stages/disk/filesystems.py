@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Sequence
+from importlib import import_module
 from typing import Protocol
 
 from pipeline.errors import FormatError
 from pipeline.flow.items import RangeReader
-from stages.disk.btrfs import map_btrfs
-from stages.disk.ext import map_ext
-from stages.disk.fat import map_fat
-from stages.disk.lvm import map_volumes
 from stages.disk.reading import CachedReader, Window
 from stages.disk.signatures import Signature, identify
-from stages.disk.swap import map_swap
 from stages.disk.usage import Refusal, UsedMap
-from stages.disk.xfs import map_xfs
 
 
 class Mapper(Protocol):
@@ -24,16 +19,17 @@ class Mapper(Protocol):
     def __call__(self, reader: RangeReader, kind: str, *, frozen: bool = False) -> Awaitable[UsedMap | Refusal]: ...
 
 
-_MAPPERS: dict[str, Mapper] = {
-    "btrfs": map_btrfs,
-    "ext2": map_ext,
-    "ext3": map_ext,
-    "ext4": map_ext,
-    "fat12": map_fat,
-    "fat16": map_fat,
-    "fat32": map_fat,
-    "swap": map_swap,
-    "xfs": map_xfs,
+# Kind: the module of this folder that maps it, by its map_MODULE. It is imported when the first is met.
+_MAPPERS = {
+    "btrfs": "btrfs",
+    "ext2": "ext",
+    "ext3": "ext",
+    "ext4": "ext",
+    "fat12": "fat",
+    "fat16": "fat",
+    "fat32": "fat",
+    "swap": "swap",
+    "xfs": "xfs",
 }
 
 _WHY_WHOLE = {
@@ -77,9 +73,10 @@ async def map_filesystem(
         return Refusal("unknown", f"it is damaged: {error.message}")
     if found.kind == "lvm2" and volumes:
         return (await map_physical_volumes([window], frozen=frozen))[0]
-    mapper = _MAPPERS.get(found.kind)
-    if mapper is None:
+    name = _MAPPERS.get(found.kind)
+    if name is None:
         return Refusal(found.kind, _WHY_WHOLE.get(found.kind, f"the used blocks of {found.kind} can't be read here"))
+    mapper: Mapper = getattr(import_module(f"stages.disk.{name}"), f"map_{name}")
     try:
         return await mapper(window, found.kind, frozen=frozen)
     except FormatError as error:
@@ -92,6 +89,8 @@ async def map_physical_volumes(windows: Sequence[RangeReader], *, frozen: bool =
     Raises:
         StoreError: the disk can't be read.
     """
+
+    from stages.disk.lvm import map_volumes
 
     async def inside(volume: RangeReader) -> UsedMap | Refusal:
         return await map_filesystem(volume, 0, volume.size, frozen=frozen, volumes=False)

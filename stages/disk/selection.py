@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
@@ -17,13 +17,15 @@ from pipeline.errors import PlanError
 from pipeline.flow.items import Content, RangeReader, Run, Why
 from pipeline.flow.stage import Rounding
 from pipeline.units import MiB, format_exact, format_size
-from stages.disk.closure import Closure, check_cut, live_closure, needed_partitions, offline_closure, signatures_of
 from stages.disk.cuts import Cut, Overlay, cut_disk
 from stages.disk.mapping import DiskMap, Region, map_disk
 from stages.disk.occupancy import Use
 from stages.disk.reading import CachedReader
 from stages.disk.tables import Partition, PartitionTable, read_table
 from stages.disk.usage import Refusal
+
+if TYPE_CHECKING:
+    from stages.disk.closure import Closure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +86,8 @@ async def select(
     partitions = wanted.partitions
     closure = await _closure(cached, table, path) if wanted.is_cut else None
     if wanted.needed:
+        from stages.disk.closure import needed_partitions
+
         partitions = needed_partitions(closure)
     if wanted.is_cut or (rounding is not None and rounding.round(size) != size):
         cut = cut_disk(
@@ -94,6 +98,8 @@ async def select(
             alignment=rounding.alignment if rounding else MiB,
             size_min=rounding.minimum if rounding else 0,
         )
+        from stages.disk.closure import check_cut
+
         check_cut(closure, cut.kept)
     frozen = await hold(table, cut) if hold is not None else ()
     found = None
@@ -122,6 +128,8 @@ async def _closure(reader: RangeReader, table: PartitionTable, path: Path | None
     """What the system on the disk needs, running or not; None where there is none, or nothing is known of it."""
     if not table.partitions:
         return None
+    from stages.disk.closure import live_closure, offline_closure, signatures_of
+
     signatures = await signatures_of(reader, table)
     live = live_closure(path, table, signatures) if path is not None else None
     return live or await offline_closure(reader, table, signatures)

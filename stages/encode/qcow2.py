@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline.errors import StageError
 from pipeline.flow.buffers import Charge, Slice, charged_slice, loose_slice
-from pipeline.flow.items import Block, Piece, Run
+from pipeline.flow.items import Block, Piece
 from pipeline.flow.orders import Order
 from pipeline.flow.stage import BLOCKS, Layout, LayoutRequest, StageContext, StageSpec, option, pieces
 from pipeline.units import KiB, MiB, Size, round_up
 from stages.encode.checkpoints import identify, pack_state, unpack_state
+from stages.encode.grains import touched_grains
 from stages.encode.qcow2_geometry import CLUSTER_MAX, CLUSTER_MIN, Geometry, plan_geometry
 from stages.encode.qcow2_header import DEFLATE, ZSTD, pack_header
 
@@ -45,7 +46,7 @@ class Options:
     compression: Literal["none", "zlib", "zstd"] = option(
         "zlib", doc="How clusters are compressed; every reader and cloud knows zlib, zstd needs QEMU 5.1 or later."
     )
-    level: Literal["fast", "small"] = option("fast", doc="small takes longer (zlib 4 times) for a smaller image.")
+    level: Literal["fast", "small"] = option("fast", doc="small takes longer (zlib 3 times) for a smaller image.")
     cluster_size: Size = option(
         Size(64 * KiB), doc='Power of two from "512 B" to "2 MiB"; larger ones pack better and waste more.'
     )
@@ -139,7 +140,7 @@ class Qcow2Encoder:
         Threads: any, several at once; keeps no state.
         """
         source = block.data
-        ranges = [] if source is None else _touched(block.runs, block.offset, self._cluster)
+        ranges = [] if source is None else touched_grains(block.runs, block.offset, self._cluster)
         if source is not None and ranges and self._codec is not None:
             try:
                 return self._compress(block, source.view, ranges, charge)
@@ -337,20 +338,6 @@ class Qcow2Encoder:
     def _take_carried(self) -> int:
         carried, self._carried = self._carried, 0
         return carried
-
-
-def _touched(runs: Sequence[Run], base: int, cluster_size: int) -> list[tuple[int, int]]:
-    """(first, stop) of the clusters that a data run overlaps, ascending and apart, counted from guest offset `base`."""
-    ranges: list[tuple[int, int]] = []
-    for run in runs:
-        if not run.is_data:
-            continue
-        first, stop = (run.offset - base) // cluster_size, -(-(run.end - base) // cluster_size)
-        if ranges and first <= ranges[-1][1]:
-            ranges[-1] = (ranges[-1][0], stop)
-        else:
-            ranges.append((first, stop))
-    return ranges
 
 
 def build(options: Options, context: StageContext) -> Qcow2Encoder | MappedQcow2Encoder:

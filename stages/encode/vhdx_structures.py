@@ -138,7 +138,7 @@ def _region_table(table_bytes: int) -> bytes:
 
 
 def _checksum(structure: bytes) -> int:
-    from awscrt import checksums
+    import google_crc32c
 
-    value: int = checksums.crc32c(structure)
+    value: int = google_crc32c.value(structure)
     return value

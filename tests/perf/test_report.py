@@ -85,6 +85,16 @@ def test_one_run_over_the_memory_limit_misses_the_goal() -> None:
     assert report(*runs, case=alone).verdict(alone, alone.goals[0]) == "NOT reached"
 
 
+def test_a_share_is_what_our_runs_measured_inside(tmp_path: Path) -> None:
+    case = replace(CASE, goals=(Goal("share", 0.01),))
+    shares = (0.004, 0.012, 0.006)
+    found = report(*(replace(run("ours", number, 1), share=share) for number, share in enumerate(shares)), case=case)
+    assert found.figure(case, "share") == Spread(0.006, 0.004, 0.012, 3)
+    _, page = write_report(found, tmp_path / "x")
+    assert "| case | share | 0.60 (0.40-1.20) % | ≤ 1% | reached |" in page.read_text()
+    assert found.verdict(case, Goal("share", 0.005)) == "NOT reached"
+
+
 def test_case_without_its_rival_is_not_measured() -> None:
     assert report(run("ours", 1, 1)).verdict(CASE, Goal("wall ratio", 1)) == "not measured"
 

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from importlib import import_module
 
 from pipeline.errors import FormatError
 from pipeline.flow.items import RangeReader
-from stages.disk.files.btrfs import open_btrfs
-from stages.disk.files.ext import open_ext
-from stages.disk.files.fat import open_fat
-from stages.disk.files.xfs import open_xfs
 from stages.disk.signatures import Signature, identify
 from stages.disk.tree import FileTree
 
-_OPENERS: dict[str, Callable[[RangeReader, Signature], Awaitable[FileTree]]] = {
-    "btrfs": open_btrfs,
-    "ext2": open_ext,
-    "ext3": open_ext,
-    "ext4": open_ext,
-    "fat12": open_fat,
-    "fat16": open_fat,
-    "fat32": open_fat,
-    "xfs": open_xfs,
+Opener = Callable[[RangeReader, Signature], Awaitable[FileTree]]
+
+# Kind: the module of this folder that reads it, by its open_MODULE. It is imported when the first is met.
+_READERS = {
+    "btrfs": "btrfs",
+    "ext2": "ext",
+    "ext3": "ext",
+    "ext4": "ext",
+    "fat12": "fat",
+    "fat16": "fat",
+    "fat32": "fat",
+    "xfs": "xfs",
 }
 
-KINDS = tuple(_OPENERS)
+KINDS = tuple(_READERS)
 
 
 async def open_tree(reader: RangeReader, signature: Signature | None = None) -> FileTree:
@@ -37,7 +37,8 @@ async def open_tree(reader: RangeReader, signature: Signature | None = None) -> 
         StoreError: it can't be read.
     """
     found = signature or await identify(reader, 0, reader.size)
-    opener = _OPENERS.get(found.kind)
-    if opener is None:
+    name = _READERS.get(found.kind)
+    if name is None:
         raise FormatError(f"files of {found.kind} can't be read here", kind=found.kind)
+    opener: Opener = getattr(import_module(f"stages.disk.files.{name}"), f"open_{name}")
     return await opener(reader, found)
