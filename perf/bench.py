@@ -52,8 +52,12 @@ def all_cases() -> dict[str, list[Case]]:
 class Bench:
     """Runs contenders, each on a ground of its own, and keeps what they used."""
 
-    def __init__(self, product: tuple[str, ...]) -> None:
+    def __init__(self, product: tuple[str, ...], cases: Iterable[Case] = ()) -> None:
+        """`cases` tell whose reads are counted."""
         self._product = product
+        counted = [case for case in cases if any(goal.figure == "read ratio" for goal in case.goals)]
+        self._counted = {(contender.name, case.disk) for case in counted for contender in _contenders(case)}
+        self._read_bytes: dict[tuple[str, str], int] = {}
         self.runs: list[Run] = []
 
     def run(self, contender: Contender, disk: str, round_number: int, *, with_proof: bool) -> None:
@@ -73,8 +77,31 @@ class Bench:
                     run = replace(run, proof=prove(attempt, ground))
             except (CommandFailed, ImageWrong) as error:
                 run = replace(run, failure=_without_places(str(error), ground))
+        if run.usage is not None and run.failure is None and (contender.name, disk) in self._counted:
+            run = replace(run, usage=replace(run.usage, read_bytes=self._reads_of(contender, disk)))
         self.runs.append(run)
         print(run.line(), file=sys.stderr, flush=True)
+
+    def _reads_of(self, contender: Contender, disk: str) -> int:
+        """Bytes that the contender reads of the disk, from a run in which its program is in the page cache.
+
+        In a cold run the program and its libraries count too: 50 MB of ours, which is much beside a small filesystem.
+        """
+        key = contender.name, disk
+        if key not in self._read_bytes:
+            with self._ground(disk, contender) as ground:
+                attempt = contender.prepare(ground)
+                log = ground.folder.with_suffix(".log")
+                usage = measure(
+                    attempt.steps,
+                    environment=attempt.environment,
+                    folder=PROJECT,
+                    log=log,
+                    cold=False,
+                    forgotten=ground.disk,
+                )
+            self._read_bytes[key] = usage.read_bytes
+        return self._read_bytes[key]
 
     @contextmanager
     def _ground(self, disk: str, contender: Contender) -> Iterator[Ground]:
@@ -119,7 +146,7 @@ def main() -> int:
     if any(contender.needs_store for case in cases for contender in _contenders(case)):
         tools.append(aws_client())
     machine = this_machine(disks.cache_folder(), tools)
-    bench = Bench(tuple(shlex.split(arguments.product or f"{sys.executable} -m pipeline run")))
+    bench = Bench(tuple(shlex.split(arguments.product or f"{sys.executable} -m pipeline run")), cases)
     try:
         for round_number in range(1, arguments.rounds + 1):
             with_proof = arguments.check == "every" or (arguments.check == "last" and round_number == arguments.rounds)

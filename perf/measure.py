@@ -42,7 +42,7 @@ class Usage:
     load: float
     """Runnable processes in the last minute before the start."""
     read_bytes: int = 0
-    """From disks, also for programs and libraries; 0 where the disk is in memory."""
+    """From disks, for programs and libraries too unless those were in the page cache; 0 where the disk is in memory."""
 
     @property
     def cpu_s(self) -> float:
@@ -59,7 +59,13 @@ def one(*command: str) -> Step:
 
 
 def measure(
-    steps: tuple[Step, ...], *, environment: Mapping[str, str], folder: Path, log: Path, cold: bool = True
+    steps: tuple[Step, ...],
+    *,
+    environment: Mapping[str, str],
+    folder: Path,
+    log: Path,
+    cold: bool = True,
+    forgotten: Path | None = None,
 ) -> Usage:
     """Run the steps one after the other and add up what they used.
 
@@ -68,6 +74,7 @@ def measure(
         folder: the commands' working directory.
         log: takes what they print, except what a pipe carries.
         cold: empty the page cache before the first.
+        forgotten: take at least this file out of it.
     Raises:
         CommandFailed: with the last lines of the log.
     """
@@ -77,6 +84,7 @@ def measure(
         folder=str(folder),
         log=str(log),
         cold=cold,
+        forgotten=str(forgotten) if forgotten else None,
         deadline_s=DEADLINE_S,
     )
     program = [sys.executable, "-I", "-S", stopwatch.__file__]

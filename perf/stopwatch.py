@@ -26,6 +26,7 @@ class Orders(TypedDict):
     folder: str
     log: str
     cold: bool
+    forgotten: str | None
     deadline_s: float
 
 
@@ -52,6 +53,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through `finally`, so that no command outlives this program
     orders: Orders = json.load(sys.stdin)
     caches_dropped = orders["cold"] and _drop_caches()
+    if orders["forgotten"] is not None:
+        _forget(orders["forgotten"])
     load = os.getloadavg()[0]
     user_s = system_s = 0.0
     peak_rss = read_bytes = 0
@@ -96,6 +99,16 @@ def _drop_caches() -> bool:
     except OSError:
         return False
     return True
+
+
+def _forget(path: str) -> None:
+    """Write a file out and take it out of the page cache."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
 
 
 def _peak_rss() -> int:

