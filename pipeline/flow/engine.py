@@ -55,7 +55,7 @@ from pipeline.flow.rereading import REREAD, Rereading
 from pipeline.flow.resume import RunJournal, remembering, remembering_checks
 from pipeline.flow.segment import Segment
 from pipeline.flow.series import SeriesRecorder
-from pipeline.flow.stage import Compressor, ConcludingSource, RewritingWriter, Start, Verifier, make_load
+from pipeline.flow.stage import Compressor, ConcludingSource, RewritingWriter, Start, Verifier, loader_of
 
 if TYPE_CHECKING:
     from pipeline.config.planning import RunPlan
@@ -476,7 +476,7 @@ def _reloader(plan: RunPlan) -> Callable[[int, int], AsyncIterator[Block]]:
                 size = min(window, plan.info.size - start)
                 lease = await pool.lease()
                 wanted = Block(start, size, None, (Run(start, size, Content.DATA, Why.READ),))
-                load = await make_load(plan.source, wanted)
+                load = await loader_of(plan.source)(wanted)
                 await anyio.to_thread.run_sync(load, lease.buffer, limiter=plan.context.threads)
                 yield replace(wanted, data=lease.into_slice(size))
         finally:

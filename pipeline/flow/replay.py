@@ -22,7 +22,7 @@ from pipeline.errors import StageError
 from pipeline.flow.buffers import Ledger, Memory, Pool
 from pipeline.flow.items import Block, Piece
 from pipeline.flow.parallel import in_thread
-from pipeline.flow.stage import Compressor, Encoder, FunctionStage, Source, make_load
+from pipeline.flow.stage import Compressor, Encoder, FunctionStage, Source, loader_of
 from pipeline.units import MiB
 
 # How far behind the last byte one block's pieces can reach beyond twice its length: tables and padding. Larger only
@@ -285,7 +285,7 @@ class SourceReplay:
         charge = await memory.ledger.charge(memory.made_max) if loads and memory.made_max else None
         lease = await memory.pool.lease() if loads else None
 
-        load = await make_load(self._source, block) if loads else None
+        load = await loader_of(self._source)(block) if loads else None
 
         def process() -> tuple[Any, list[Any]]:
             seen, made = block, charge

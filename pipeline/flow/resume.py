@@ -52,7 +52,7 @@ from pipeline.flow.stage import (
     Source,
     SourceInfo,
     Start,
-    make_load,
+    loader_of,
 )
 from pipeline.units import MiB
 
@@ -878,7 +878,7 @@ class _Check:
             if not any(run.is_data for run in block.runs):
                 return block, self._notes(block)
             lease = await pool.lease()
-            load = await make_load(self._source, block)
+            load = await loader_of(self._source)(block)
 
             def process() -> list[Any]:
                 load(lease.buffer)

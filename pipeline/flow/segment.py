@@ -21,7 +21,7 @@ from pipeline.flow.items import Block, Piece, tiles
 from pipeline.flow.meter import StageMeter
 from pipeline.flow.parallel import in_thread, ordered_map
 from pipeline.flow.replay import Checkpoints, Marks
-from pipeline.flow.stage import Encoder, FunctionStage, Source, Start, make_load
+from pipeline.flow.stage import Encoder, FunctionStage, Load, Source, Start, loader_of
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class _Job:
     block: Block
     lease: Lease | None = None
     charge: Charge | None = None
-    load: Callable[[memoryview], None] | None = None
+    load: Load | None = None
     fetched_s: float = 0.0
 
 
@@ -79,6 +79,7 @@ class Segment:
         before_finish: Callable[[Outlet[Any]], Awaitable[None]] | None = None,
     ) -> None:
         self._source = source
+        self._make_load = loader_of(source) if source else None
         self._functions = functions
         self._encoder = encoder
         self._meters = meters
@@ -135,9 +136,9 @@ class Segment:
     async def _work(self, job: _Job) -> _Done:
         if job.lease is None and job.block.data is None:
             return self._process(job)
-        if self._source and job.lease is not None:
+        if self._make_load and job.lease is not None:
             begun = time.perf_counter()
-            job.load = await make_load(self._source, job.block)
+            job.load = await self._make_load(job.block)
             job.fetched_s = time.perf_counter() - begun
         return await in_thread(self._threads, lambda: self._process(job))
 

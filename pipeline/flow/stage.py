@@ -453,12 +453,20 @@ class ConcludingSource(Source, Protocol):
         ...
 
 
-async def make_load(source: Source, block: Block) -> Callable[[memoryview], None]:
-    """The threaded call that fills a buffer with the block; what has to be awaited for it was awaited here."""
+Load = Callable[[memoryview], None]
+
+
+def loader_of(source: Source) -> Callable[[Block], Awaitable[Load]]:
+    """What makes the threaded call that fills a buffer with a block; what has to be awaited for it is awaited there."""
     if isinstance(source, FetchingSource):
-        return await source.fetch(block)
+        return source.fetch
     assert isinstance(source, LoadingSource), "a source has load or fetch"  # the catalog's contract test
-    return partial(source.load, block)
+    load_block = source.load
+
+    async def load(block: Block) -> Load:
+        return partial(load_block, block)
+
+    return load
 
 
 class FunctionStage(Protocol[Note]):

@@ -13,7 +13,7 @@ import pytest
 from pipeline.errors import FormatError, PlanError, StoreError
 from pipeline.events import Event, ImageOpened
 from pipeline.flow.items import Block, Content, Why, tiles
-from pipeline.flow.stage import SourceInfo, make_load
+from pipeline.flow.stage import SourceInfo, loader_of
 from pipeline.units import GiB, KiB, MiB, Size
 from stages.read.image import ImageReader, Options
 from tests.chains import export, write_toml
@@ -51,7 +51,7 @@ async def read_all(options: Options, events: list[Event] | None = None) -> tuple
                 assert block.offset % WINDOW == 0
                 assert block.length == min(WINDOW, info.size - block.offset)
                 buffer = memoryview(bytearray(b"\xaa" * WINDOW))
-                (await make_load(source, block))(buffer)
+                (await loader_of(source)(block))(buffer)
                 made[block.offset : block.end] = buffer[: block.length]
         assert position == info.size
         return bytes(made), info, blocks
@@ -296,7 +296,7 @@ async def test_rate_limit_holds_for_what_is_fetched(tmp_path: Path) -> None:
         source = ImageReader(Options(path=path, rate_limit=Size(MiB), format=format), context)
         await source.open()
         for block in [block async for block in source.windows(WINDOW)]:
-            await make_load(source, block)
+            await loader_of(source)(block)
         await source.close()
         # The clock only moves while something waits for its turn: the last window of 2 MiB makes nobody wait.
         seconds = path.stat().st_size / MiB
