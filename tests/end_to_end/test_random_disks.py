@@ -38,7 +38,9 @@ def stretches(longest: int, most: int) -> st.SearchStrategy[list[Stretch]]:
     edges = [512, 4 * KiB, 64 * KiB, MiB, 2 * MiB, 4 * MiB]
     lengths = st.one_of(
         st.integers(1, longest),
-        st.sampled_from([edge + shift for edge in edges for shift in (-512, -1, 0, 1, 512) if edge + shift <= longest]),
+        st.sampled_from(
+            [edge + shift for edge in edges for shift in (-512, -1, 0, 1, 512) if 0 < edge + shift <= longest]
+        ),
     )
     kinds = st.sampled_from(["noise", "text", "zeros", "hole"])
     return st.lists(st.builds(Stretch, kinds, lengths), min_size=1, max_size=most)
