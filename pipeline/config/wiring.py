@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from pipeline.config import locate
+from pipeline.config.outputs import output_faults
 from pipeline.config.parse import ExportConfig, StageConfig, read_draft, sort_faults
 from pipeline.errors import ConfigError, Fault
 from pipeline.flow.orders import Order
@@ -62,8 +63,9 @@ def wire(config: ExportConfig) -> WiredChain:
     """
     wiring = _Wiring(config.stages, config.catalog, config.file, config.text)
     wiring.check()
-    if wiring.faults:
-        raise ConfigError(sort_faults(wiring.faults))
+    faults = [*wiring.faults, *output_faults(config)]
+    if faults:
+        raise ConfigError(sort_faults(faults))
     return wiring.chain()
 
 

@@ -23,6 +23,14 @@ def lies_on_disk(folder: Path, disk: Path) -> bool:
     return bool(wanted & _family(_number(os.stat(folder).st_dev)) or wanted & _family(_mounted_device(folder)))
 
 
+def is_of_disk(target: os.stat_result, disk: Path) -> bool:
+    """Whether what is open is `disk`: the same file, or a block device that shares its medium. Raises OSError."""
+    source = os.stat(disk)
+    if stat.S_ISBLK(target.st_mode) and stat.S_ISBLK(source.st_mode):
+        return bool(_family(_number(target.st_rdev)) & _family(_number(source.st_rdev)))
+    return os.path.samestat(target, source)
+
+
 def _number(device: int) -> str:
     return f"{os.major(device)}:{os.minor(device)}"
 

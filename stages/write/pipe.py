@@ -22,6 +22,7 @@ from collections import deque
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import anyio
 import anyio.abc
@@ -32,6 +33,7 @@ from pipeline.flow.channels import Inlet, Outlet
 from pipeline.flow.items import Piece, RangeReader, StoredImage
 from pipeline.flow.orders import SEQUENTIAL_SINK, Order
 from pipeline.flow.parallel import in_thread
+from pipeline.flow.placement import is_of_disk, lies_on_disk
 from pipeline.flow.stage import NOTHING, SinkPlan, SinkRequest, StageContext, StageSpec, option, pieces
 from pipeline.units import KiB, MiB
 
@@ -115,7 +117,24 @@ class PipeWriter:
                 operation="plan",
                 hint="Send it on (pipeline run export.toml | ssh host 'cat > web01.raw'), or set command.",
             )
+        if request.source_path and os.path.exists(request.source_path):
+            self._refuse_source(Path(request.source_path))
         return SinkPlan(summary=(("stdout", "takes the image"),))
+
+    def _refuse_source(self, disk: Path) -> None:
+        """The shell has opened stdout: what it opened may be what is read, or lie on it."""
+        target = os.fstat(1)
+        if is_of_disk(target, disk):
+            raise PlanError(
+                "stdout is the source", operation="plan", path=disk, hint="Send the image to another file or disk."
+            )
+        if stat.S_ISREG(target.st_mode) and lies_on_disk(Path("/dev/fd/1"), disk):
+            raise PlanError(
+                "stdout is a file on the disk that is exported",
+                operation="plan",
+                disk=disk,
+                hint="Send it to another disk, a network share or another machine.",
+            )
 
     async def run(self, inlet: Inlet[Piece], outlet: Outlet[StoredImage]) -> None:
         """Write every piece, close the pipe, and wait until the command has exited with 0.

@@ -147,6 +147,17 @@ def test_stdout_into_a_file_works_and_appends_where_the_shell_says(tmp_path: Pat
     assert image.read_bytes() == b"before" + (tmp_path / "disk.raw").read_bytes()
 
 
+@pytest.mark.parametrize("operator", [">>", "1<>"])
+def test_stdout_that_is_the_source_is_refused(tmp_path: Path, operator: str) -> None:
+    toml = chain(tmp_path)
+    disk = tmp_path / "disk.raw"
+    before = disk.read_bytes()
+    line = f"{shlex.join([*RUN, str(toml)])} {operator} {shlex.quote(str(disk))}"
+    done = subprocess.run(["sh", "-c", line], cwd=TREE, capture_output=True, text=True, check=False)
+    assert (done.returncode, disk.read_bytes()) == (2, before)
+    assert "stdout is the source" in done.stderr
+
+
 def test_reader_of_stdout_that_goes_away_fails_the_run(tmp_path: Path) -> None:
     toml = chain(tmp_path, letters="ABCDEFGH" * 4)
     command = f"{' '.join(RUN)} {toml} --quiet | head -c 1000 > /dev/null; exit ${{PIPESTATUS[0]}}"
