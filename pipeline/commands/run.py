@@ -185,9 +185,15 @@ def change_lines(facts: Mapping[str, Any]) -> list[str]:
     """What was written to the disk while it was copied, where nothing kept it still; `facts` are the manifest's."""
     told = facts.get("consistency") or {}
     written = told.get("written_bytes") or 0
-    if told.get("achieved") != "live" or not written:
+    modified = told.get("modified", False)  # a file: what was written to it is counted by nobody
+    if told.get("achieved") != "live" or not (written or modified):
         return []
     points = ", ".join(printable(str(one)) for one in told.get("changing", ())[:4])
+    if modified:
+        return [
+            f"  {points} was written to while it was read: an image of many moments. Stop what writes to it, or set "
+            'consistency = "offline" in read.disk, which fails then.'
+        ]
     return [
         f"  {format_size(written)} were written to the disk while it was copied ({points}): an image of many moments. "
         'consistency = "freeze" in read.disk holds it still.'

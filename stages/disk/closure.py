@@ -43,11 +43,13 @@ class Need:
         point: where.
         numbers: partitions of this disk that it lies on.
         elsewhere: what of it is not on this disk; empty where all of it is.
+        is_optional: a start does not wait for it; it goes along where it is on this disk.
     """
 
     point: str
     numbers: tuple[int, ...]
     elsewhere: str = ""
+    is_optional: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +67,7 @@ class Closure:
 
     def elsewhere(self) -> tuple[Need, ...]:
         """What is not on this disk alone."""
-        return tuple(need for need in self.needs if need.elsewhere)
+        return tuple(need for need in self.needs if need.elsewhere and not need.is_optional)
 
 
 async def signatures_of(reader: RangeReader, table: PartitionTable) -> dict[int, Signature]:
@@ -94,7 +96,9 @@ def live_closure(
     except OSError:
         text = ""
     points = {point: "" for point in ROOTS if point in mounts}
-    points.update({entry.path: entry.spec for entry in _mounted_by(text)})
+    entries = _mounted_by(text)
+    points.update({entry.path: entry.spec for entry in entries})
+    optional = {entry.path for entry in entries if _is_optional(entry)}
     needs = []
     for point, spec in points.items():
         if point in mounts:
@@ -109,7 +113,14 @@ def live_closure(
             for offset, length in places.get(device, ()):
                 numbers |= _covered(table, offset, length)
         away = [device for device in below if device not in places]
-        needs.append(Need(point=point, numbers=tuple(sorted(numbers)), elsewhere=named if away or not numbers else ""))
+        needs.append(
+            Need(
+                point=point,
+                numbers=tuple(sorted(numbers)),
+                elsewhere=named if away or not numbers else "",
+                is_optional=point in optional,
+            )
+        )
     return _closed(table, signatures, needs)
 
 
@@ -153,7 +164,14 @@ async def view_closure(
         if entry.path == "/":
             continue
         numbers = _of_spec(entry.spec, own, table, signatures)
-        needs.append(Need(point=entry.path, numbers=tuple(sorted(numbers)), elsewhere="" if numbers else entry.spec))
+        needs.append(
+            Need(
+                point=entry.path,
+                numbers=tuple(sorted(numbers)),
+                elsewhere="" if numbers else entry.spec,
+                is_optional=_is_optional(entry),
+            )
+        )
     return _closed(table, signatures, needs)
 
 
@@ -188,7 +206,7 @@ def check_cut(closure: Closure | None, kept: Collection[int]) -> None:
         return
     for need in closure.needs:
         lost = sorted(set(need.numbers) - set(kept))
-        if lost:
+        if lost and not need.is_optional:
             raise PlanError(
                 f"the cut drops {need.point} (partition {lost[0]}), and the system does not start without it",
                 operation="cut",
@@ -201,14 +219,19 @@ def check_cut(closure: Closure | None, kept: Collection[int]) -> None:
 
 
 def _mounted_by(text: str) -> list[Mountable]:
-    """What a start waits for, with bare specs and paths."""
+    """What a start waits for, and of ROOTS the rest too; with bare specs and paths."""
     found = []
     for entry in parse_fstab(text):
-        is_optional = any(entry.option(name) is not None for name in ("nofail", "noauto", "bind", "rbind", "_netdev"))
-        is_of_disk = entry.kind != "swap" and not _NO_DISK.fullmatch(entry.kind)
-        if entry.path.startswith("/") and is_of_disk and not is_optional:
-            found.append(replace(entry, spec=entry.spec.strip('"'), path=entry.path.rstrip("/") or "/"))
+        path = entry.path.rstrip("/") or "/"
+        is_bound = any(entry.option(name) is not None for name in ("bind", "rbind", "_netdev"))
+        is_of_disk = entry.kind != "swap" and not _NO_DISK.fullmatch(entry.kind) and not is_bound
+        if path.startswith("/") and is_of_disk and (path in ROOTS or not _is_optional(entry)):
+            found.append(replace(entry, spec=entry.spec.strip('"'), path=path))
     return found
+
+
+def _is_optional(entry: Mountable) -> bool:
+    return any(entry.option(name) is not None for name in ("nofail", "noauto"))
 
 
 def _devices_of_spec(spec: str) -> list[str]:

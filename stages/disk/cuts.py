@@ -227,7 +227,7 @@ def _check_logical(table: PartitionTable, kept: set[int], end: int) -> None:
         raise PlanError("a disk with two extended partitions can't be cut", operation="cut")
     chain = [record.number for record in table.boot_records if record.number]
     last = max((index for index, number in enumerate(chain) if number in kept), default=-1)
-    for number in chain[:last]:
+    for number in chain[: max(last, 0)]:
         if number not in kept:
             needed = {*kept, *chain[:last]}
             raise PlanError(

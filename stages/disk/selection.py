@@ -21,6 +21,7 @@ from stages.disk.cuts import Cut, Overlay, cut_disk
 from stages.disk.mapping import DiskMap, Region, map_disk
 from stages.disk.occupancy import Use
 from stages.disk.reading import CachedReader
+from stages.disk.signatures import identify
 from stages.disk.tables import Partition, PartitionTable, read_table
 from stages.disk.usage import Refusal
 
@@ -101,6 +102,8 @@ async def select(
         from stages.disk.closure import check_cut
 
         check_cut(closure, cut.kept)
+        if not table.partitions:
+            await _check_whole(cached, cut)
     frozen = await hold(table, cut) if hold is not None else ()
     found = None
     if wanted.only_used:
@@ -133,6 +136,21 @@ async def _closure(reader: RangeReader, table: PartitionTable, path: Path | None
     signatures = await signatures_of(reader, table)
     live = live_closure(path, table, signatures) if path is not None else None
     return live or await offline_closure(reader, table, signatures)
+
+
+async def _check_whole(reader: RangeReader, cut: Cut) -> None:
+    """See that a cut of a disk without partitions leaves what fills the disk as it is. Raises PlanError."""
+    if cut.copied >= reader.size:
+        return
+    found = await identify(reader, 0, reader.size)
+    if found.kind == "unknown" or (found.size is not None and found.size <= cut.copied):
+        return
+    whole = f"it has {found.size} bytes" if found.size is not None else "it may use every byte of the disk"
+    raise PlanError(
+        f"the cut at byte {cut.copied} goes through the {found.kind} that fills the disk",
+        operation="cut",
+        hint=f"There is no partition table, and {whole}. Export the whole disk, or shrink what is on it first.",
+    )
 
 
 def _refuse_large_sectors(table: PartitionTable) -> None:

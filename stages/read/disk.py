@@ -143,6 +143,7 @@ class DiskReader:
         self._freeze: Freeze | None = None
         self._live: tuple[Use, ...] = ()  # who can write to what is taken
         self._written = 0  # bytes, when the copy began
+        self._modified: int | None = None  # of a file, in ns, when it was opened
         self._hole = range(0)  # the last one that was found
         self._fd = -1
         self._map_fd = -1
@@ -295,6 +296,7 @@ class DiskReader:
             mapped = self._size
         elif stat.S_ISREG(status.st_mode):
             self._size = status.st_size
+            self._modified = status.st_mtime_ns
             mapped = min(self._size, status.st_blocks * 512)
         else:
             raise PlanError(
@@ -468,11 +470,24 @@ class DiskReader:
         restless = self._restless
         frozen = self._freeze.points if self._freeze is not None else ()
         await self._thaw()
+        still = not restless and not frozen and self._snapshot is None
+        modified = still and self._modified not in (None, os.fstat(self._map_fd).st_mtime_ns)
+        if modified:
+            if self._options.consistency == "offline":
+                raise SourceError(
+                    "the image file was written to while it was read",
+                    operation="read",
+                    path=self._path,
+                    hint="Stop what writes to it (a virtual machine?) and run the export again.",
+                )
+            restless, still = (str(self._path),), False
         reread = self._context.facts.find(REREAD) if restless else None
-        if restless:
+        if still:
+            achieved = "offline"
+        elif restless:
             achieved = "settled" if reread is not None and reread.is_settled else "live"
         else:
-            achieved = "frozen" if frozen else "snapshot" if self._snapshot else "offline"
+            achieved = "frozen" if frozen else "snapshot"
         self._context.facts.put(
             CONSISTENCY,
             Told(
@@ -482,6 +497,7 @@ class DiskReader:
                     "frozen": list(frozen),
                     "changing": list(restless),
                     "written_bytes": None if written is None else max(0, written - self._written),
+                    **({"modified": True} if modified else {}),
                     **(reread.to_json() if reread is not None else {}),
                 }
             ),

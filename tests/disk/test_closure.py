@@ -85,6 +85,8 @@ HOLDS = {
         ("/dev/sda3 /srv xfs defaults", (1, 3)),
         ("/dev/sda3 /srv xfs defaults,nofail", (1,)),
         ("/dev/sda3 /srv xfs noauto", (1,)),
+        ("/dev/sda3 /home xfs defaults,nofail", (1, 3)),
+        ("/dev/sdb1 /home xfs defaults,nofail", (1,)),
         ("UUID=4444 none swap sw", (1,)),
         ("server:/home /home nfs defaults", (1,)),
         ("tmpfs /tmp tmpfs defaults", (1,)),
@@ -128,6 +130,7 @@ async def test_a_cut_that_drops_something_needed_is_refused_with_the_smallest_th
     check_cut(found, [1, 2])
     check_cut(found, [3])  # no system disk
     check_cut(None, [1])
+    check_cut(await closure("/dev/sda1 / ext4 defaults\n/dev/sda3 /home xfs nofail", FOUR, HOLDS), [1])
     with pytest.raises(PlanError, match=r"drops /boot \(partition 2\)") as caught:
         check_cut(found, [1, 3])
     assert "partitions = [1, 2]" in caught.value.hint

@@ -7,6 +7,7 @@ import random
 import struct
 import subprocess
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,27 @@ def _write_mbr(image: Path, dice: random.Random) -> None:
             file.write(record)
 
 
+def _is_legal(table: PartitionTable, asked: dict[str, Any]) -> bool:
+    """Whether a cut breaks no partition and leaves every kept one its number."""
+    plain = [one for one in table.partitions if not one.is_extended]
+    ends = {one.number: one.end for one in table.partitions}
+    if not {"partitions", "through", "stop"} & set(asked):
+        return True
+    if "partitions" in asked:
+        kept = set(asked["partitions"])
+        end = max(ends[number] for number in kept)
+    else:
+        end = asked["stop"] if "stop" in asked else ends[asked["through"]]
+        kept = {one.number for one in plain if one.end <= end}
+    logical = [record.number for record in table.boot_records if record.number]
+    dropped_at = next((place for place, number in enumerate(logical) if number not in kept), len(logical))
+    return (
+        end <= table.disk_size
+        and not any(one.start < end < one.end for one in plain)
+        and not kept & set(logical[dropped_at:])
+    )
+
+
 async def _every_cut(image: Path, table: PartitionTable, dice: random.Random) -> int:
     """Try every cut through a partition, and some sets and sizes; checks those that are legal, counts them."""
     numbers = [one.number for one in table.partitions]
@@ -209,9 +231,11 @@ async def _every_cut(image: Path, table: PartitionTable, dice: random.Random) ->
     asked += [{"alignment": 1}, {"size_min": table.disk_size + 7 * MiB}]
     done = 0
     for one in asked:
-        try:
+        cut = None
+        with suppress(PlanError):
             cut = cut_disk(table, **one)
-        except PlanError:
+        assert (cut is not None) == _is_legal(table, one), one
+        if cut is None:
             continue
         for number in {one["through"]} & set(plain) if "through" in one else one.get("partitions", ()):
             assert number in cut.kept

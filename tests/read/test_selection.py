@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.commands.run import change_lines
 from pipeline.config.continuing import Attempt, Mode
 from pipeline.errors import KeptError, PlanError, SourceError
 from pipeline.events import Event, RunPlanned, RunResumed
@@ -216,6 +217,41 @@ async def test_a_filesystem_that_was_written_meanwhile_makes_no_image(
     with pytest.raises(SourceError, match="written to while its used blocks"):
         await exported(disk)
     assert not disk.with_name("image").exists()
+
+
+async def test_a_file_that_is_written_meanwhile_is_told_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(b"a" * MiB)
+    real = DiskReader.conclude
+
+    async def written(self: DiskReader) -> None:
+        with disk.open("r+b") as file:
+            file.write(b"b")
+        os.utime(disk, ns=(0, 0))  # the clock of files may stand for a few milliseconds
+        await real(self)
+
+    monkeypatch.setattr(DiskReader, "conclude", written)
+    outcome, _ = await exported(disk)
+    told = outcome.manifest.facts["consistency"]
+    assert (told["achieved"], told["changing"]) == ("live", [str(disk)])
+    assert "was written to while it was read" in change_lines(outcome.manifest.facts)[0]
+    disk.with_name("image").unlink()
+    os.utime(disk)
+    with pytest.raises(SourceError, match="was written to while it was read"):
+        await exported(disk, 'consistency = "offline"')
+    assert not disk.with_name("image").exists()
+
+
+async def test_a_cut_through_a_filesystem_without_a_table_is_refused(tmp_path: Path) -> None:
+    need("mke2fs")
+    disk = blank(tmp_path / "disk", 20 * MiB)
+    run("mke2fs", "-q", "-F", "-t", "ext4", disk, "16M")
+    with pytest.raises(PlanError, match="the cut at byte 10485760 goes through the ext4 that fills the disk"):
+        await exported(disk, 'bytes = "10 MiB"')
+    outcome, _ = await exported(disk, 'bytes = "16 MiB"')
+    assert outcome.disk_size == 16 * MiB
 
 
 @needs_root
