@@ -6,11 +6,13 @@ Pure: looks at declarations only, never at a disk, a target or the environment.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import locate
+from pipeline.config.options import option_fields
 from pipeline.config.outputs import output_faults
 from pipeline.config.parse import ExportConfig, StageConfig, read_draft, sort_faults
 from pipeline.errors import ConfigError, Fault
@@ -200,13 +202,17 @@ class _Wiring:
         self._orders = orders
 
     def _ways_out(self, giver: StageConfig, taker: StageConfig) -> str:
-        """Which stages of the catalog could take the place of one of the two."""
+        """Which option would do, and which stages of the catalog could take the place of one of the two."""
         gives, takes = set(giver.spec.orders_of(giver.options)), set(_accepted(taker))
         others = [spec for spec in self._catalog if spec.name not in (giver.name, taker.name)]
         givers = [spec.name for spec in others if spec.role == giver.spec.role and takes & set(spec.gives.orders)]
-        takers = [spec.name for spec in others if spec.role == taker.spec.role and gives & set(_accepted_by(spec))]
+        takers = [spec.name for spec in others if spec.role == taker.spec.role and gives & set(accepted_by(spec))]
         ways = [(taker.name, givers), (giver.name, takers)]
-        return "; ".join(f"{kept} works with {', '.join(names)}" for kept, names in ways if names)
+        found = None
+        if giver.options is not None and giver.spec.orders_hint is None:
+            found = option_for(giver.spec, giver.options, takes)
+        option = [f'set {found[0]} = "{found[1]}" in {giver.name}'] if found else []
+        return "; ".join([*option, *(f"{kept} works with {', '.join(names)}" for kept, names in ways if names)])
 
     def _check_facts(self) -> None:
         provided = {DISK_SIZE.name}  # the engine knows it as soon as the source is open
@@ -249,14 +255,25 @@ def _accepted(stage: StageConfig) -> tuple[Order, ...]:
     decides = stage.spec.checks_image or stage.spec.role == "write"
     if decides and stage.spec.orders and stage.options is not None:
         return stage.spec.orders(stage.options)
-    return _accepted_by(stage.spec)
+    return accepted_by(stage.spec)
 
 
-def _accepted_by(spec: StageSpec) -> tuple[Order, ...]:
+def accepted_by(spec: StageSpec) -> tuple[Order, ...]:
     """The orders that a stage takes: what its port says, else what its sink can live with."""
     if spec.takes.orders or spec.sink is None:
         return spec.takes.orders
     return spec.sink.accepts
+
+
+def option_for(spec: StageSpec, options: Any, accepted: Iterable[Order]) -> tuple[str, str] | None:
+    """The one option (name, value) to change so that an encoder gives pieces in an accepted order; None: none will."""
+    if spec.orders is None:
+        return None
+    for item in option_fields(spec.options):
+        for choice in item.choices:
+            if set(accepted) & set(spec.orders(replace(options, **{item.name: choice}))):
+                return item.name, choice
+    return None
 
 
 def _or(orders: Iterable[Order]) -> str:
