@@ -40,7 +40,9 @@ def command(
     """Write a commented export file for this machine and say the next step. Reads no disk, asks no question.
 
     DISK is a block device or raw image file; without it the disk that this machine runs from. URL is where the image
-    goes: a path or s3://BUCKET/NAME.
+    goes: a path or file:///PATH, s3://BUCKET/NAME, gs://BUCKET/NAME, az://CONTAINER/NAME, sftp://USER@HOST/PATH,
+    http://, https://, dav:// or davs://HOST/PATH, nbd:// or nbds://HOST/EXPORT, nbd+unix:// or
+    nbds+unix:///EXPORT?socket=PATH.
     """
     from pipeline.config.machine import Machine
     from pipeline.config.proposal import proposal_text
@@ -102,12 +104,30 @@ def _propose(machine: Machine, disk: str | None, url: str | None, endpoint: str)
 
 
 def _for_profile(proposal: Proposal, name: str) -> Proposal:
-    """The proposal with the format that a profile asks for first. Raises ConfigError where there is no such profile."""
+    """The proposal with the first format of a profile that can go to the target.
+
+    Raises:
+        ConfigError: there is no such profile.
+        PlanError: none of its formats can go there.
+    """
+    from pipeline.config.proposal import fitting
+    from stages.catalog import CATALOG
     from stages.preflight.profile import find_profile
     from stages.preflight.target import stage_for
 
     profile = find_profile(name)
-    encoder, option = stage_for(profile.formats[0]) if profile.formats else ("", None)
+    if not profile.formats:
+        return replace(proposal, profile=name)
+    encodings = (fitting(stage_for(format), proposal.target, CATALOG) for format in profile.formats)
+    found = next(filter(None, encodings), None)
+    if found is None:
+        raise PlanError(
+            f"{proposal.target.writer.name} can't write what {profile.name} takes: {', '.join(profile.formats)}",
+            operation="init",
+            target=proposal.target.address,
+            hint="Write the image to a file or an object store, and import it from there.",
+        )
+    encoder, option = found
     return replace(proposal, profile=name, encoder=encoder, encoder_option=option)
 
 

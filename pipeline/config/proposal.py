@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from urllib.parse import unquote
 
 from pipeline.config.options import option_fields
+from pipeline.config.wiring import accepted_by, option_for
 from pipeline.flow.stage import Catalog, StageSpec
 from pipeline.units import MiB, format_size
 
@@ -26,6 +27,8 @@ _WHY = {
     "encode.qcow2": "compressed, and imported by every cloud",
     "encode.raw": "byte for byte; as long as the disk",
 }
+# An encoder, and the option (name, value) that it needs.
+Encoding = tuple[str, tuple[str, str] | None]
 # Below this much free memory the default would make a small machine swap.
 _SCARCE = 320 * MiB
 
@@ -107,16 +110,49 @@ def target_of(url: str, catalog: Catalog, endpoint: str = "") -> Target:
     return Target(writer=writer, options=options)
 
 
-def encoder_of(target: Target, catalog: Catalog) -> str:
-    """The image format that the target's name asks for."""
-    suffix = PurePosixPath(target.address).suffix.lower()
-    wanted = _ENCODERS.get(suffix, _DEFAULT_ENCODER)
-    return wanted if catalog.find(wanted) else _DEFAULT_ENCODER
+def encoder_of(target: Target, catalog: Catalog) -> Encoding:
+    """The image format that the target's name asks for; where the target can't take it, a plain qcow2 or raw."""
+    wanted = _named_encoder(target)
+    for name in (wanted, _DEFAULT_ENCODER):
+        found = fitting((name, None), target, catalog)
+        if found:
+            return found
+    return "encode.raw", None
+
+
+def _named_encoder(target: Target) -> str:
+    return _ENCODERS.get(PurePosixPath(target.address).suffix.lower(), _DEFAULT_ENCODER)
+
+
+def fitting(encoding: Encoding, target: Target, catalog: Catalog) -> Encoding | None:
+    """The encoder, with the option that the target needs where the caller names none; None: it can't go there."""
+    name, option = encoding
+    spec = catalog.find(name)
+    if spec is None or (_is_disk(target) and name != "encode.raw"):
+        return None
+    options, accepted = spec.options(**dict([option] if option else [])), accepted_by(target.writer)
+    if set(accepted) & set(spec.orders_of(options)):
+        return encoding
+    found = option_for(spec, options, accepted) if option is None else None
+    return (name, found) if found else None
+
+
+def _is_disk(target: Target) -> bool:
+    """Whether it is written in place, as a disk: an image file has no place there."""
+    return target.writer.name == "write.nbd"
+
+
+def _settled(proposal: Proposal, catalog: Catalog) -> Proposal:
+    """The proposal with an encoder that fits its target."""
+    encoder, option = proposal.encoder, proposal.encoder_option
+    if not encoder:
+        encoder, option = encoder_of(proposal.target, catalog)
+    return replace(proposal, encoder=encoder, encoder_option=option)
 
 
 def proposal_text(proposal: Proposal, catalog: Catalog) -> str:
     """The export file. It passes `pipeline check`."""
-    encoder = proposal.encoder or encoder_of(proposal.target, catalog)
+    proposal = _settled(proposal, catalog)
     parts = [
         _head(proposal),
         _export(proposal),
@@ -124,7 +160,7 @@ def proposal_text(proposal: Proposal, catalog: Catalog) -> str:
         _source(proposal),
         _stage("checksum.guest", note="a digest of what was read, before anything else looks at it"),
         _stage("sparse.zeros", note="zeros that are stored on the disk need not be stored again"),
-        _encoder(encoder, proposal.encoder_option),
+        _encoder(proposal),
         _writer(proposal.target),
         *_verifiers(proposal.target, catalog),
     ]
@@ -203,11 +239,11 @@ def _target(proposal: Proposal) -> str:
     return "\n".join(lines)
 
 
-def _encoder(name: str, option: tuple[str, str] | None = None) -> str:
+def _encoder(proposal: Proposal) -> str:
+    name, option = proposal.encoder, proposal.encoder_option
+    text = _stage(name, note=_why(proposal))
     if option is not None:
-        text = _stage(name, note="what the profile of [target] takes")
         return f"{text}\n{_line(*option, 3)}"
-    text = _stage(name, note=_WHY.get(name, "as the name of the target asks"))
     if name != "encode.qcow2":
         return text
     return "\n".join(
@@ -220,6 +256,17 @@ def _encoder(name: str, option: tuple[str, str] | None = None) -> str:
             _note('# level = "fast"', "small: a tenth smaller, three times the time"),
         ]
     )
+
+
+def _why(proposal: Proposal) -> str:
+    """The reason for the encoder."""
+    if proposal.profile and proposal.encoder_option:
+        return "what the profile of [target] takes"
+    if _is_disk(proposal.target):
+        return "the target is a disk: byte for byte"
+    if proposal.encoder_option or (not proposal.profile and proposal.encoder != _named_encoder(proposal.target)):
+        return "the target takes an image from its first byte to its last; not every format can be written so"
+    return _WHY.get(proposal.encoder, "as the name of the target asks")
 
 
 def _writer(target: Target) -> str:

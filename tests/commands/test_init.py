@@ -19,6 +19,7 @@ from pipeline.config.proposal import Proposal, Target, proposal_text, target_of
 from pipeline.config.wiring import WiredChain, load_chain
 from pipeline.units import GiB, MiB
 from stages.catalog import CATALOG
+from stages.preflight.profile import names
 from tests.commands.conftest import Said
 from tests.disks.letters import write_disk
 
@@ -82,6 +83,72 @@ def test_the_target_decides_on_writer_format_and_verification(
     chain = chain_of(tmp_path / "x.toml")
     assert (chain.writer.name, chain.encoder.name) == (writer, encoder)
     assert [stage.name for stage in chain.verifiers] == verifiers
+
+
+SCHEMES = [scheme for spec in CATALOG if spec.role == "write" for scheme in spec.schemes]
+
+
+def url_of(scheme: str, name: str) -> str:
+    """A URL as this scheme has it, for an image of this name."""
+    if scheme.endswith("+unix"):
+        return f"{scheme}:///{name}?socket=/run/nbd.sock"
+    return f"{scheme}:///srv/{name}" if scheme == "file" else f"{scheme}://place/{name}"
+
+
+@pytest.mark.parametrize("suffix", ["", ".qcow2", ".raw", ".vhd", ".vhdx", ".vmdk", ".ova"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_file_for_a_url_of_any_scheme_passes_check(
+    init: Callable[..., Said], tmp_path: Path, scheme: str, suffix: str
+) -> None:
+    write_disk(tmp_path / "disk.raw", "A")
+    assert init("disk.raw", url_of(scheme, f"web01{suffix}")).code == 0
+    checked = CliRunner().invoke(main, ["check", "export.toml"], prog_name="pipeline")
+    assert checked.exit_code == 0, checked.stderr
+
+
+@pytest.mark.parametrize("profile", names())
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_file_for_any_profile_passes_check_or_is_refused_with_a_way_out(
+    init: Callable[..., Said], tmp_path: Path, scheme: str, profile: str
+) -> None:
+    write_disk(tmp_path / "disk.raw", "A")
+    said = init("disk.raw", url_of(scheme, "web01"), "--profile", profile)
+    if said.code:
+        assert said.code == 2
+        assert "can't write what" in said.err
+        assert "import it from there" in " ".join(said.err.split())
+        # Only a disk that is written in place, for clouds that take no raw image.
+        assert scheme.startswith("nbd")
+        assert profile in ("azure", "gcp", "oci")
+        return
+    checked = CliRunner().invoke(main, ["check", "export.toml"], prog_name="pipeline")
+    assert checked.exit_code == 0, checked.stderr
+
+
+@pytest.mark.parametrize(
+    "url, encoder, option, reason",
+    [
+        ("https://h/x", "encode.qcow2", ("compression", "none"), "from its first byte to its last"),
+        ("davs://h/x.vhd", "encode.vhd", ("variant", "fixed"), "from its first byte to its last"),
+        ("davs://h/x.vhdx", "encode.qcow2", ("compression", "none"), "from its first byte to its last"),
+        ("nbd://h/x", "encode.raw", None, "the target is a disk"),
+        ("nbd://h/x.vhd", "encode.raw", None, "the target is a disk"),
+    ],
+)
+def test_target_that_cannot_take_the_usual_format_gets_one_that_it_can(
+    tmp_path: Path, url: str, encoder: str, option: tuple[str, str] | None, reason: str
+) -> None:
+    text = proposal(target_of(url, CATALOG))
+    (tmp_path / "x.toml").write_text(text)
+    chosen = chain_of(tmp_path / "x.toml").encoder
+    assert chosen.name == encoder
+    assert option is None or getattr(chosen.options, option[0]) == option[1]
+    assert reason in text
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_help_names_every_kind_of_url(init: Callable[..., Said], scheme: str) -> None:
+    assert f" {scheme}://" in " ".join(init("--help").out.split())
 
 
 def test_an_endpoint_goes_into_the_file(tmp_path: Path) -> None:
