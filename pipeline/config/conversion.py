@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.config.options import OptionField, convert, option_fields, without_secrets
 from pipeline.config.parse import suggest
-from pipeline.config.proposal import path_of_file_url, target_of, toml_text
+from pipeline.config.proposal import path_of_file_url, target_of, toml_text, writer_for
 from pipeline.errors import ConfigError, Fault
 from pipeline.flow.stage import NOTHING, Catalog, StageSpec
 
@@ -75,7 +75,7 @@ def conversion_text(asked: Conversion, catalog: Catalog, *, masked: bool = False
     shown: Callable[[str], str] = without_secrets if masked else str
     encoder = _encoder(asked, catalog, faults)
     encoder_options = _encoder_options(asked, encoder, faults) if encoder else {}
-    writer, writer_options = _writer(asked, catalog, faults)
+    writer, writer_options = _writer(asked, encoder.name if encoder else "", encoder_options, catalog, faults)
     if faults or encoder is None or writer is None:
         raise ConfigError(faults)
     stages: list[tuple[str, dict[str, Any]]] = [
@@ -174,7 +174,9 @@ def _source(asked: Conversion) -> tuple[str, dict[str, Any]]:
     return "read.image", options | {name: value for name, value in optional.items() if value}
 
 
-def _writer(asked: Conversion, catalog: Catalog, faults: list[Fault]) -> tuple[StageSpec | None, dict[str, Any]]:
+def _writer(
+    asked: Conversion, encoder: str, encoder_options: dict[str, Any], catalog: Catalog, faults: list[Fault]
+) -> tuple[StageSpec | None, dict[str, Any]]:
     if asked.target == STDOUT:
         return catalog.find("write.pipe"), {}
     try:
@@ -182,6 +184,7 @@ def _writer(asked: Conversion, catalog: Catalog, faults: list[Fault]) -> tuple[S
     except ValueError as error:
         faults.append(Fault(reason=str(error), file="convert"))
         return None, {}
+    target = writer_for(target, encoder, encoder_options, catalog)
     options: dict[str, Any] = dict(target.options)
     if asked.ca_file and "ca_file" in {item.name for item in option_fields(target.writer.options)}:
         options["ca_file"] = asked.ca_file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from urllib.parse import unquote
@@ -29,6 +30,7 @@ _WHY = {
 }
 # An encoder, and the option (name, value) that it needs.
 Encoding = tuple[str, tuple[str, str] | None]
+_FIXED_VHD = ("encode.vhd", ("variant", "fixed"))
 # Below this much free memory the default would make a small machine swap.
 _SCARCE = 320 * MiB
 
@@ -113,8 +115,9 @@ def target_of(url: str, catalog: Catalog, endpoint: str = "") -> Target:
 def encoder_of(target: Target, catalog: Catalog) -> Encoding:
     """The image format that the target's name asks for; where the target can't take it, a plain qcow2 or raw."""
     wanted = _named_encoder(target)
-    for name in (wanted, _DEFAULT_ENCODER):
-        found = fitting((name, None), target, catalog)
+    first = _FIXED_VHD if wanted == "encode.vhd" and target.writer.name == "write.azure_block" else (wanted, None)
+    for encoding in (first, (_DEFAULT_ENCODER, None)):
+        found = fitting(encoding, target, catalog)
         if found:
             return found
     return "encode.raw", None
@@ -142,12 +145,23 @@ def _is_disk(target: Target) -> bool:
     return target.writer.name == "write.nbd"
 
 
+def writer_for(target: Target, encoder: str, options: Mapping[str, object], catalog: Catalog) -> Target:
+    """The target with the writer that this format wants: Azure makes disks of fixed VHDs in page blobs only."""
+    page = catalog.find("write.azure_page")
+    is_fixed = encoder == "encode.vhd" and options.get("variant") == "fixed"
+    if target.writer.name != "write.azure_block" or not is_fixed or page is None:
+        return target
+    return replace(target, writer=page)
+
+
 def _settled(proposal: Proposal, catalog: Catalog) -> Proposal:
-    """The proposal with an encoder that fits its target."""
+    """The proposal with encoder and writer that fit each other."""
     encoder, option = proposal.encoder, proposal.encoder_option
     if not encoder:
         encoder, option = encoder_of(proposal.target, catalog)
-    return replace(proposal, encoder=encoder, encoder_option=option)
+    target = writer_for(proposal.target, encoder, dict([option] if option else []), catalog)
+    journal = proposal.journal if target.writer.resumable else ""
+    return replace(proposal, target=target, encoder=encoder, encoder_option=option, journal=journal)
 
 
 def proposal_text(proposal: Proposal, catalog: Catalog) -> str:
@@ -262,10 +276,12 @@ def _why(proposal: Proposal) -> str:
     """The reason for the encoder."""
     if proposal.profile and proposal.encoder_option:
         return "what the profile of [target] takes"
+    if proposal.target.writer.name == "write.azure_page":
+        return "a fixed VHD, the one that Azure makes disks of"
     if _is_disk(proposal.target):
         return "the target is a disk: byte for byte"
     if proposal.encoder_option or (not proposal.profile and proposal.encoder != _named_encoder(proposal.target)):
-        return "the target takes an image from its first byte to its last; not every format can be written so"
+        return "the target wants an image from its first byte to its last"
     return _WHY.get(proposal.encoder, "as the name of the target asks")
 
 

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 
 from pipeline.__main__ import main
 from pipeline.config.conversion import Conversion, conversion_text
+from pipeline.config.wiring import load_chain
 from pipeline.errors import ConfigError
 from pipeline.units import KiB, MiB
 from stages.catalog import CATALOG
@@ -302,6 +303,22 @@ def test_what_makes_no_sense_is_refused_with_a_way_out(asked: Conversion, reason
     with pytest.raises(ConfigError) as caught:
         conversion_text(asked, CATALOG)
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options, target, writer",
+    [
+        (("variant=fixed",), "az://c/x.vhd", "write.azure_page"),
+        (("subformat=fixed",), "az://c/x", "write.azure_page"),
+        ((), "az://c/x.vhd", "write.azure_block"),
+        (("variant=fixed",), "s3://c/x.vhd", "write.s3"),
+    ],
+)
+def test_fixed_vhd_in_azure_becomes_a_page_blob(options: tuple[str, ...], target: str, writer: str) -> None:
+    asked = Conversion(source="a.raw", target=target, format="vhd", options=options, overwrite=True)
+    text = conversion_text(asked, CATALOG)
+    load_chain(Path("convert.toml"), CATALOG, text=text)
+    assert tomllib.loads(text)["stage"][4] == {"use": writer, "url": target, "overwrite": True}
 
 
 def test_every_fault_is_told_at_once(convert: Convert) -> None:

@@ -146,6 +146,34 @@ def test_target_that_cannot_take_the_usual_format_gets_one_that_it_can(
     assert reason in text
 
 
+@pytest.mark.parametrize(
+    "url, profile, encoder, writer",
+    [
+        ("az://disks/x.vhd", "azure", "encode.vhd", "write.azure_page"),
+        ("az://disks/x", "azure", "encode.vhd", "write.azure_page"),
+        ("az://disks/x.VHD", "", "encode.vhd", "write.azure_page"),
+        ("az://disks/x.qcow2", "", "encode.qcow2", "write.azure_block"),
+        ("az://disks/x.raw", "", "encode.raw", "write.azure_block"),
+        ("az://disks/x.vhd", "openstack", "encode.qcow2", "write.azure_block"),
+        ("s3://disks/x.vhd", "azure", "encode.vhd", "write.s3"),
+    ],
+)
+def test_fixed_vhd_in_azure_becomes_a_page_blob_and_nothing_else_does(
+    init: Callable[..., Said], tmp_path: Path, url: str, profile: str, encoder: str, writer: str
+) -> None:
+    write_disk(tmp_path / "disk.raw", "A")
+    assert init("disk.raw", url, *(["--profile", profile] if profile else [])).code == 0
+    chain = chain_of(tmp_path / "export.toml")
+    assert (chain.encoder.name, chain.writer.name, chain.writer.options.url) == (encoder, writer, url)
+    if encoder == "encode.vhd":
+        assert chain.encoder.options.variant == "fixed"
+
+
+def test_export_that_cannot_be_resumed_gets_no_journal() -> None:
+    assert "journal" not in proposal(target_of("az://disks/x.vhd", CATALOG), journal="/run/web01.journal")
+    assert "journal" in proposal(target_of("az://disks/x.qcow2", CATALOG), journal="/run/web01.journal")
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_help_names_every_kind_of_url(init: Callable[..., Said], scheme: str) -> None:
     assert f" {scheme}://" in " ".join(init("--help").out.split())
