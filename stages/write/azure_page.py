@@ -305,7 +305,7 @@ def _md5_of(view: memoryview) -> str:
 
 SPEC = StageSpec(
     name="write.azure_page",
-    summary="Write a fixed VHD to Azure as a page blob, which disks are made of: sized when made, zeros never sent.",
+    summary="Write a fixed VHD to Azure as a page blob, which disks are made of; zeros are not sent. Not resumable.",
     options=Options,
     takes=pieces(Order.SPARSE),
     gives=STORED_IMAGE,
