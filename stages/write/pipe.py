@@ -32,10 +32,11 @@ from pipeline.events import UploadOpened, UploadRemoved
 from pipeline.flow.channels import Inlet, Outlet
 from pipeline.flow.items import Piece, RangeReader, StoredImage
 from pipeline.flow.orders import SEQUENTIAL_SINK, Order
+from pipeline.flow.pacing import RateLimit
 from pipeline.flow.parallel import in_thread
 from pipeline.flow.placement import is_of_disk, lies_on_disk
 from pipeline.flow.stage import NOTHING, SinkPlan, SinkRequest, StageContext, StageSpec, option, pieces
-from pipeline.units import KiB, MiB
+from pipeline.units import KiB, MiB, Size
 
 # A command that is told to end gets this long before it is killed, and as long again to be gone.
 _END_S = 5.0
@@ -61,6 +62,7 @@ class Options:
         None,
         doc="Program and arguments that take the image on stdin, no shell; without it, the image goes to stdout.",
     )
+    rate_limit: Size | None = option(None, doc='Send at most this much a second, as in "40 MiB".')
 
     def __post_init__(self) -> None:
         if self.command is not None and not (self.command and self.command[0]):
@@ -73,6 +75,8 @@ class PipeWriter:
     def __init__(self, options: Options, context: StageContext) -> None:
         self._command = options.command
         self._context = context
+        self._limit = RateLimit(context.clock, options.rate_limit)
+        self._at_once = _ZEROS_AT_ONCE if options.rate_limit is None else self._limit.bite
         self._fd = -1
         self._process: anyio.abc.Process | None = None
         self._spoken: deque[bytes] = deque()
@@ -248,7 +252,8 @@ class PipeWriter:
     async def _write_zeros(self, piece: Piece) -> None:
         done = counted = 0
         while done < piece.length:
-            length = min(_ZEROS_AT_ONCE, piece.length - done)
+            length = min(self._at_once, piece.length - done)
+            await self._limit.wait(length)
             await self._call(partial(self._put_zeros, length))
             done += length
             share = piece.guest_bytes * done // piece.length
@@ -256,6 +261,12 @@ class PipeWriter:
             counted = share
 
     async def _write(self, view: memoryview) -> None:
+        for start in range(0, view.nbytes, self._at_once):
+            part = view[start : start + self._at_once]
+            await self._limit.wait(part.nbytes)
+            await self._write_part(part)
+
+    async def _write_part(self, view: memoryview) -> None:
         if view.nbytes < MiB and self._is_prompt:
             # What the pipe has room for goes on the spot: it takes less than the trip to a thread and back.
             try:

@@ -147,6 +147,17 @@ def test_stdout_into_a_file_works_and_appends_where_the_shell_says(tmp_path: Pat
     assert image.read_bytes() == b"before" + (tmp_path / "disk.raw").read_bytes()
 
 
+async def test_image_goes_no_faster_than_it_may(tmp_path: Path) -> None:
+    """Data and zeros alike: 1 MiB of the 16 go at once, the rest at 8 MiB a second."""
+    toml = chain(tmp_path, "sh", "-c", f"cat > {tmp_path / 'out.raw'}", letters="AB" + "-" * 14)
+    toml.write_text(toml.read_text().replace('use = "write.pipe"', 'use = "write.pipe"\nrate_limit = "8 MiB"'))
+    begun = anyio.current_time()
+    await export(toml)
+    size = (tmp_path / "disk.raw").stat().st_size
+    assert anyio.current_time() - begun > (size - 2 * MiB) / (8 * MiB)
+    assert (tmp_path / "out.raw").read_bytes() == (tmp_path / "disk.raw").read_bytes()
+
+
 @pytest.mark.parametrize("operator", [">>", "1<>"])
 def test_stdout_that_is_the_source_is_refused(tmp_path: Path, operator: str) -> None:
     toml = chain(tmp_path)
