@@ -8,6 +8,7 @@ again from its first byte, which is read from the disk once more.
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -53,6 +54,8 @@ _HELD = 12 * MiB
 # A file whose bytes are compared with what was sent is read in such pieces.
 _COMPARED_AT_ONCE = 4 * MiB
 _FRAMING = frozenset({"content-length", "transfer-encoding", "host", "connection", "expect"})
+# A header's name. Source: RFC 9110, section 5.6.2 (tchar).
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +91,9 @@ class Options:
         if bool(self.user) != (self.password is not None):
             raise ValueError('a login is user = "NAME" and password = { env = "NAME" }')
         for name, value in (self.headers or {}).items():
-            if name.lower() in _FRAMING or not name.strip() or "\n" in _revealed(value) or "\r" in _revealed(value):
+            if not _TOKEN.fullmatch(name):
+                raise ValueError(f'headers: "{name}" is not the name of a header')
+            if name.lower() in _FRAMING or "\n" in _revealed(value) or "\r" in _revealed(value):
                 raise ValueError(f'headers can\'t have "{name}"')
 
 

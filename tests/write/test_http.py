@@ -324,6 +324,9 @@ async def test_what_names_no_file_is_refused(target: Target, url: str) -> None:
         'password = { env = "WEB_PASSWORD" }',
         f'{LOGIN}; token = {{ env = "WEB_TOKEN" }}',
         'headers = { "Content-Length" = "1" }',
+        'headers = { "bad header" = "x" }',
+        'headers = { "x:" = "x" }',
+        'headers = { "" = "x" }',
         'headers = { "X-A" = "a\\r\\nX-B: b" }',
     ],
 )
