@@ -90,7 +90,7 @@ def stage_lines(spec: StageSpec) -> Iterator[str]:
         yield f"  provides {', '.join(fact.name for fact in spec.provides)}"
     for item in _fields(spec):
         yield ""
-        yield f"  {item.name}  ({kind_text(item.kind)}; {_default_text(item)})"
+        yield f"  {item.name}  ({_value_text(item)}; {_default_text(item)})"
         yield click.wrap_text(item.doc, 100, initial_indent="      ", subsequent_indent="      ")
 
 
@@ -120,7 +120,7 @@ def markdown_lines(catalog: Catalog) -> Iterator[str]:
                 yield "|---|---|---|---|"
             for item in fields:
                 default = "required" if item.required else _default_value(item)
-                cells = (f"`{item.name}`", kind_text(item.kind), default, item.doc)
+                cells = (f"`{item.name}`", _value_text(item), default, item.doc)
                 yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -155,6 +155,11 @@ def kind_text(kind: Any) -> str:
         float: "number",
     }
     return names.get(kind, str(kind))
+
+
+def _value_text(item: OptionField) -> str:
+    """What an option may be: `whole number, at least 1`."""
+    return f"{kind_text(item.kind)}, at least {item.least}" if item.least else kind_text(item.kind)
 
 
 def _list_lines(catalog: Catalog) -> Iterator[str]:
@@ -220,6 +225,7 @@ def _described(spec: StageSpec) -> dict[str, Any]:
                 "name": item.name,
                 "kind": kind_text(item.kind),
                 "required": item.required,
+                "minimum": item.minimum,
                 "default": None if item.required or item.default is None else _default_value(item),
                 "choices": item.choices,
                 "doc": item.doc,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from pipeline.units import Duration, Size, parse_duration, parse_size
+from pipeline.units import Duration, Size, format_size, parse_duration, parse_size
 
 _REQUIRED = object()
 
@@ -45,7 +45,9 @@ def without_secrets(text: str) -> str:
     return head + mark + re.sub(r"=[^&#\s]*", "=***", query)
 
 
-def option(default: Any = _REQUIRED, *, doc: str, example: str = "", may_change: bool = False) -> Any:
+def option(
+    default: Any = _REQUIRED, *, doc: str, example: str = "", may_change: bool = False, minimum: int | None = None
+) -> Any:
     """Declare one option of a stage as a dataclass field.
 
     Args:
@@ -53,11 +55,16 @@ def option(default: Any = _REQUIRED, *, doc: str, example: str = "", may_change:
         doc: one sentence for `pipeline stages` and docs/stages.md, in the reader's words.
         example: a TOML value to show for a required option.
         may_change: it shapes neither the image nor where it goes, so that a resumed run may have another value.
+        minimum: the least number or size that makes sense; less is a fault of the file.
     """
-    metadata = {"doc": doc, "example": example, "may_change": may_change}
+    metadata = {"doc": doc, "example": example, "may_change": may_change, "minimum": minimum}
     if default is _REQUIRED:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+class BelowMinimumError(ValueError):
+    """The value has the right type, and is less than makes sense."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +78,21 @@ class OptionField:
     doc: str
     example: str
     may_change: bool = False
+    minimum: int | None = None
+
+    @property
+    def least(self) -> str:
+        """The minimum as people write it; empty where there is none."""
+        if self.minimum is None:
+            return ""
+        return format_size(self.minimum) if Size in _alternatives(self.kind) else str(self.minimum)
+
+    def read(self, value: object) -> Any:
+        """A TOML value as this option has it. Raises ValueError as `convert` does; BelowMinimumError."""
+        found = convert(value, self.kind)
+        if self.minimum is not None and found < self.minimum:
+            raise BelowMinimumError(f"at least {self.least} is wanted, not {_name(value)}")
+        return found
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -95,6 +117,7 @@ def option_fields(options: type) -> Iterator[OptionField]:
             doc=item.metadata.get("doc", ""),
             example=item.metadata.get("example", ""),
             may_change=item.metadata.get("may_change", False),
+            minimum=item.metadata.get("minimum"),
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pipeline.config import locate
 from pipeline.config.locate import Place, Places
-from pipeline.config.options import OptionField, Secret, convert, option, option_fields
+from pipeline.config.options import BelowMinimumError, OptionField, Secret, option, option_fields
 from pipeline.errors import ConfigError, Fault
 from pipeline.flow.stage import Catalog, StageSpec
 from pipeline.units import MiB, Size, format_size
@@ -434,8 +434,11 @@ class _Reader:
         reasons = []
         for reading in readings:
             try:
-                values[item.name] = convert(reading, item.kind)
+                values[item.name] = item.read(reading)
                 return
+            except BelowMinimumError as error:
+                reasons = [str(error)]
+                break  # it was understood: no other reading tells more
             except ValueError as error:
                 reasons.append(str(error))
         hint = suggest(readings[-1], item.choices) if item.choices and isinstance(readings[-1], str) else ""

@@ -84,17 +84,17 @@ def _stage(spec: StageSpec) -> Schema:
 
 
 def _option(item: OptionField) -> Schema:
-    schema = {"description": item.doc, **_kind(item.kind)}
+    schema = {"description": item.doc, **_kind(item.kind, item.minimum)}
     if not item.required and item.default is not None:
         schema["default"] = _default(item.default)
     return schema
 
 
-def _kind(kind: Any) -> Schema:
-    """What `options.convert` takes for a type."""
+def _kind(kind: Any, minimum: int | None = None) -> Schema:
+    """What `options.convert` takes for a type, and where its numbers begin."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        kinds = [_kind(one) for one in arguments if one is not type(None)]
+        kinds = [_kind(one, minimum) for one in arguments if one is not type(None)]
         return kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
     if origin is typing.Literal:
         return {"enum": list(arguments)}
@@ -103,7 +103,8 @@ def _kind(kind: Any) -> Schema:
     if origin is dict:
         return {"type": "object", "additionalProperties": _kind(arguments[1])}
     if kind is Size:
-        return {"anyOf": [{"type": "string", "pattern": _with_unit(SIZE_UNITS)}, {"type": "integer", "minimum": 0}]}
+        number = {"type": "integer", "minimum": minimum or 0}
+        return {"anyOf": [{"type": "string", "pattern": _with_unit(SIZE_UNITS)}, number]}
     if kind is Duration:
         return {"anyOf": [{"type": "string", "pattern": _with_unit(DURATION_UNITS)}, {"type": "number", "minimum": 0}]}
     if kind is Secret:
@@ -111,7 +112,8 @@ def _kind(kind: Any) -> Schema:
         return {"type": "object", "additionalProperties": False, "required": ["env"], "properties": properties}
     if kind is Path:
         return {"type": "string", "minLength": 1}
-    return {"type": {bool: "boolean", str: "string", int: "integer", float: "number"}[kind]}
+    schema: Schema = {"type": {bool: "boolean", str: "string", int: "integer", float: "number"}[kind]}
+    return schema if minimum is None else {**schema, "minimum": minimum}
 
 
 def _with_unit(units: Collection[str]) -> str:

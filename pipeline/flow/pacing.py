@@ -19,6 +19,8 @@ from pipeline.events import Event, SendRateLowered
 from pipeline.flow.stage import Clock
 from pipeline.units import KiB, MiB, format_size
 
+# The least that a rate may be. Below it, the shortest piece would take more than a quarter of a minute.
+RATE_MIN = KiB
 # What may go out at once, in seconds of the rate. Less costs throughput when timers are late, more makes bursts that a
 # policed line drops.
 BURST_S = 0.1
@@ -43,7 +45,7 @@ class RateLimit:
         Raises:
             PlanError: a limit that lets nothing through.
         """
-        if bytes_per_s is not None and bytes_per_s < KiB:
+        if bytes_per_s is not None and bytes_per_s < RATE_MIN:
             raise PlanError("rate_limit is less than 1 KiB a second", operation="plan", hint='Write "10 MiB", say.')
         self.bytes_per_s = bytes_per_s
         self._clock = clock

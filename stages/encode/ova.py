@@ -43,14 +43,12 @@ class Options:
     level: Literal["fast", "small"] = option(
         "fast", doc="small takes 3 times as long for an image that is 8 % smaller."
     )
-    cpus: int = option(2, doc="Processors of the machine that the appliance describes.")
+    cpus: int = option(2, doc="Processors of the machine that the appliance describes.", minimum=1)
     ram: Size = option(Size(4 * GiB), doc="Its memory, in whole MiB.")
     boot_mode: Literal["bios", "uefi"] = option("bios", doc="Its firmware: what the disk boots with today.")
     reproducible: bool = option(True, doc=REPRODUCIBLE_DOC)
 
     def __post_init__(self) -> None:
-        if self.cpus < 1:
-            raise ValueError("cpus must be at least 1")
         if self.ram < MiB or self.ram % MiB:
             raise ValueError('ram must be whole MiB, for example "4 GiB"')
 

@@ -26,7 +26,7 @@ from pipeline.errors import PlanError, SourceError
 from pipeline.events import FallbackTaken
 from pipeline.flow.facts import Fact
 from pipeline.flow.items import Block, Content, Run, Why
-from pipeline.flow.pacing import RateLimit
+from pipeline.flow.pacing import RATE_MIN, RateLimit
 from pipeline.flow.parallel import in_thread
 from pipeline.flow.rereading import REREAD
 from pipeline.flow.stage import BLOCKS, DISK_SIZE, NOTHING, SourceInfo, StageContext, StageSpec, option
@@ -90,7 +90,10 @@ class Options:
         Duration(600), doc="A freeze ends after so long at the latest; then the run fails.", may_change=True
     )
     rate_limit: Size | None = option(
-        None, doc='Read at most this much a second, as in "200 MiB", where others need the disk too.', may_change=True
+        None,
+        doc='Read at most this much a second, as in "200 MiB", where others need the disk too.',
+        may_change=True,
+        minimum=RATE_MIN,
     )
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from pipeline.config.options import without_secrets
 from pipeline.errors import SourceError
 from pipeline.events import ImageOpened
 from pipeline.flow.items import Block, Content, Run, Why
-from pipeline.flow.pacing import RateLimit
+from pipeline.flow.pacing import RATE_MIN, RateLimit
 from pipeline.flow.stage import BLOCKS, DISK_SIZE, NOTHING, SourceInfo, StageContext, StageSpec, option
 from pipeline.units import MiB, Size
 
@@ -63,7 +63,10 @@ class Options:
     endpoint: str = option("", doc="Of an S3-compatible store; else as for write.s3.")
     ca_file: Path | None = option(None, doc="PEM certificates to trust instead of the system's.", may_change=True)
     rate_limit: Size | None = option(
-        None, doc='Read at most this much a second, as in "40 MiB", of what the image stores.', may_change=True
+        None,
+        doc='Read at most this much a second, as in "40 MiB", of what the image stores.',
+        may_change=True,
+        minimum=RATE_MIN,
     )
 
     def __post_init__(self) -> None:

@@ -15,7 +15,6 @@ from itertools import accumulate
 
 import anyio.to_thread
 
-from pipeline.errors import PlanError
 from pipeline.flow.items import Block, StoredImage, Verdict
 from pipeline.flow.mapping import SKIPPED_RANGES
 from pipeline.flow.stage import STORED_IMAGE, VERDICT, StageContext, StageSpec, option
@@ -31,15 +30,15 @@ _DRAWS_MAX = 8 * SAMPLE_WINDOWS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    parallel: int = option(4, doc="Windows of 2 MiB in flight; each holds up to 6 MiB. More helps far away stores.")
+    parallel: int = option(
+        4, doc="Windows of 2 MiB in flight; each holds up to 6 MiB. More helps far away stores.", minimum=1
+    )
 
 
 class Readback:
     """Compare every byte of the stored image with the guest digest."""
 
     def __init__(self, options: Options, context: StageContext) -> None:
-        if options.parallel < 1:
-            raise PlanError("parallel must be at least 1", operation=context.name, parallel=options.parallel)
         self._parallel = options.parallel
         self._context = context
 

@@ -24,13 +24,11 @@ class Options:
     share: float = option(0.01, doc="How much of what holds data is compared: 0.01 is a hundredth.")
     bytes: Size = option(Size(64 * MiB), doc="At least so much of it, however small the share.")
     seed: str = option("", doc="Another one looks at other places; without it, the disk's digest decides.")
-    parallel: int = option(4, doc="Windows of 2 MiB in flight; each holds up to 6 MiB.")
+    parallel: int = option(4, doc="Windows of 2 MiB in flight; each holds up to 6 MiB.", minimum=1)
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
             raise ValueError("share must lie between 0 and 1, for example 0.01")
-        if self.parallel < 1:
-            raise ValueError("parallel must be at least 1")
 
 
 class SampleCheck:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from pipeline.config.options import Secret
 from pipeline.errors import PlanError, StoreError
 from pipeline.flow.manifest import MANIFEST_SUFFIX
+from pipeline.flow.pacing import RATE_MIN
 from pipeline.flow.stage import StageContext, option
 from pipeline.units import Size
 
@@ -43,8 +44,12 @@ class AzureOptions:
         "", doc="The Blob service's address, for other clouds and emulators; else the account's own.", may_change=True
     )
     ca_file: Path | None = option(None, doc="PEM certificates to trust instead of the system's.", may_change=True)
-    attempts: int = option(6, doc="How often a request is sent when the store fails for a moment.", may_change=True)
-    rate_limit: Size | None = option(None, doc='Send at most this much a second, as in "40 MiB".', may_change=True)
+    attempts: int = option(
+        6, doc="How often a request is sent when the store fails for a moment.", may_change=True, minimum=1
+    )
+    rate_limit: Size | None = option(
+        None, doc='Send at most this much a second, as in "40 MiB".', may_change=True, minimum=RATE_MIN
+    )
 
 
 class BlobPlace:
@@ -65,8 +70,6 @@ class BlobPlace:
         from stages.store.azure import AzureClient, AzureUrl
         from stages.store.azure_access import find_access
 
-        if options.attempts < 1:
-            raise PlanError("attempts is at least 1", operation="plan")
         where = AzureUrl.parse(options.url)
         access = find_access(
             connection_string=_revealed(options.connection_string),

@@ -46,6 +46,7 @@ class Options(AzureOptions):
         8,
         doc="How many blocks are on their way at once, as far as memory allows. More helps on long lines only.",
         may_change=True,
+        minimum=1,
     )
     checksum: Literal["md5", "crc64"] = option(
         "md5", doc="What Azure checks each block with; crc64 costs a tenth, and emulators do not check it."
@@ -87,8 +88,6 @@ class AzureBlockWriter:
         from stages.write.driver import plan_driver
 
         options = self._options
-        if options.parts_in_flight < 1:
-            raise PlanError("parts_in_flight is at least 1", operation="plan")
         pacer = Pacer(
             self._context.clock,
             requests=options.parts_in_flight,

@@ -17,6 +17,7 @@ from typing import Final
 from pipeline.errors import PlanError, StoreError
 from pipeline.flow.items import RangeReader
 from pipeline.flow.orders import SPARSE_SINK, Order
+from pipeline.flow.pacing import RATE_MIN
 from pipeline.flow.parallel import in_thread
 from pipeline.flow.stage import STORED_IMAGE, SinkRequest, StageContext, StageSpec, option, pieces
 from pipeline.units import MiB, Size
@@ -37,7 +38,9 @@ class Options:
 
     path: Path = option(doc="The block device; a mounted one, or one in use, is refused.", example="/dev/sdb")
     overwrite: bool = option(False, doc="Write although the device holds data, which is lost.")
-    rate_limit: Size | None = option(None, doc='Write at most this much a second, as in "200 MiB".', may_change=True)
+    rate_limit: Size | None = option(
+        None, doc='Write at most this much a second, as in "200 MiB".', may_change=True, minimum=RATE_MIN
+    )
 
 
 class DeviceTarget:

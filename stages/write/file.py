@@ -26,7 +26,7 @@ from pipeline.flow.channels import Inlet, Outlet
 from pipeline.flow.items import Piece, Receipt, StoredImage
 from pipeline.flow.manifest import MANIFEST_SUFFIX
 from pipeline.flow.orders import SPARSE_SINK, Order
-from pipeline.flow.pacing import RateLimit
+from pipeline.flow.pacing import RATE_MIN, RateLimit
 from pipeline.flow.parallel import in_thread
 from pipeline.flow.placement import lies_on_disk
 from pipeline.flow.stage import (
@@ -59,7 +59,9 @@ class Options:
     overwrite: bool = option(
         False, doc="Replace an image that is there already, at the end and in one step.", may_change=True
     )
-    rate_limit: Size | None = option(None, doc='Write at most this much a second, as in "200 MiB".', may_change=True)
+    rate_limit: Size | None = option(
+        None, doc='Write at most this much a second, as in "200 MiB".', may_change=True, minimum=RATE_MIN
+    )
 
 
 class FileWriter:

@@ -19,6 +19,7 @@ from pipeline.flow.channels import Inlet, Outlet
 from pipeline.flow.items import Piece, RangeReader, StoredImage
 from pipeline.flow.manifest import MANIFEST_SUFFIX
 from pipeline.flow.orders import HEAD_LAST_SINK, Order, PartLimits
+from pipeline.flow.pacing import RATE_MIN
 from pipeline.flow.stage import (
     STORED_IMAGE,
     SinkPlan,
@@ -75,11 +76,18 @@ class Options:
     )
     ca_file: Path | None = option(None, doc="PEM certificates to trust instead of the system's.", may_change=True)
     parts_in_flight: int = option(
-        8, doc="How many parts are on their way at once (multipart), as far as memory allows.", may_change=True
+        8,
+        doc="How many parts are on their way at once (multipart), as far as memory allows.",
+        may_change=True,
+        minimum=1,
     )
     storage_class: str = option("", doc='Of the object (multipart), as in "NEARLINE"; else the bucket\'s own.')
-    attempts: int = option(6, doc="How often a request is sent when the store fails for a moment.", may_change=True)
-    rate_limit: Size | None = option(None, doc='Send at most this much a second, as in "40 MiB".', may_change=True)
+    attempts: int = option(
+        6, doc="How often a request is sent when the store fails for a moment.", may_change=True, minimum=1
+    )
+    rate_limit: Size | None = option(
+        None, doc='Send at most this much a second, as in "40 MiB".', may_change=True, minimum=RATE_MIN
+    )
 
     def __post_init__(self) -> None:
         if bool(self.hmac_key) != (self.hmac_secret is not None):

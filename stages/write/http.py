@@ -26,7 +26,7 @@ from pipeline.flow.channels import Inlet, Outlet
 from pipeline.flow.items import Piece, RangeReader, Receipt, StoredImage
 from pipeline.flow.manifest import MANIFEST_SUFFIX
 from pipeline.flow.orders import SEQUENTIAL_SINK, Order
-from pipeline.flow.pacing import RateLimit
+from pipeline.flow.pacing import RATE_MIN, RateLimit
 from pipeline.flow.parallel import in_thread
 from pipeline.flow.stage import STORED_IMAGE, SinkPlan, SinkRequest, StageContext, StageSpec, option, pieces
 from pipeline.units import MiB, Size, format_exact
@@ -82,8 +82,10 @@ class Options:
         "auto", doc="auto announces the length where the format knows it (raw, fixed VHD); chunked never does."
     )
     ca_file: Path | None = option(None, doc="PEM certificates to trust instead of the system's.")
-    attempts: int = option(3, doc="How often the PUT, and any other request, is sent when server or line fail.")
-    rate_limit: Size | None = option(None, doc='Send at most this much a second, as in "40 MiB".')
+    attempts: int = option(
+        3, doc="How often the PUT, and any other request, is sent when server or line fail.", minimum=1
+    )
+    rate_limit: Size | None = option(None, doc='Send at most this much a second, as in "40 MiB".', minimum=RATE_MIN)
 
     def __post_init__(self) -> None:
         if self.token is not None and (self.user or self.password is not None):
@@ -164,8 +166,6 @@ class HttpWriter:
         from stages.store.webdav import WebClient, WebError, WebTarget
 
         options = self._options
-        if options.attempts < 1:
-            raise PlanError("attempts is at least 1", operation="plan")
         target = WebTarget.parse(_revealed(options.url))
         headers = self._login(target)
         policy = self._retry_policy or RetryPolicy(attempts=options.attempts)

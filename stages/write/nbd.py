@@ -19,6 +19,7 @@ import anyio
 from pipeline.errors import PlanError, StageError, StoreError
 from pipeline.flow.items import RangeReader
 from pipeline.flow.orders import SPARSE_SINK, Order
+from pipeline.flow.pacing import RATE_MIN
 from pipeline.flow.stage import STORED_IMAGE, SinkRequest, StageContext, StageSpec, option, pieces
 from pipeline.units import MiB, Size
 from stages.write.block import BlockWriter
@@ -44,9 +45,13 @@ class Options:
     )
     overwrite: bool = option(False, doc="Write although the export holds data, which is lost.")
     ca_file: Path | None = option(None, doc="PEM certificates to trust for nbds://, instead of the system's.")
-    connections: int = option(4, doc="At most; a server that does not allow several gets one.", may_change=True)
-    attempts: int = option(6, doc="How often a request is sent when server or line fail.", may_change=True)
-    rate_limit: Size | None = option(None, doc='Send at most this much a second, as in "40 MiB".', may_change=True)
+    connections: int = option(
+        4, doc="At most; a server that does not allow several gets one.", may_change=True, minimum=1
+    )
+    attempts: int = option(6, doc="How often a request is sent when server or line fail.", may_change=True, minimum=1)
+    rate_limit: Size | None = option(
+        None, doc='Send at most this much a second, as in "40 MiB".', may_change=True, minimum=RATE_MIN
+    )
 
 
 class NbdTarget:
@@ -82,8 +87,6 @@ class NbdTarget:
         from stages.store.nbd import NbdClient, NbdUrl
 
         options = self._options
-        if options.attempts < 1 or options.connections < 1:
-            raise PlanError("attempts and connections are at least 1", operation="plan")
         self._where = NbdUrl.parse(options.url)
         policy = self._policy or RetryPolicy(attempts=options.attempts)
         retry: Retry = Retry(policy, clock=self._context.clock, emit=self._context.emit, stage=self._context.name)

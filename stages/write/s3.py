@@ -22,6 +22,7 @@ from pipeline.flow.channels import Inlet, Outlet
 from pipeline.flow.items import Piece, RangeReader, StoredImage
 from pipeline.flow.manifest import MANIFEST_SUFFIX
 from pipeline.flow.orders import HEAD_LAST_SINK, Order
+from pipeline.flow.pacing import RATE_MIN
 from pipeline.flow.stage import (
     STORED_IMAGE,
     SinkPlan,
@@ -69,6 +70,7 @@ class Options:
         8,
         doc="How many parts are on their way at once, as far as memory allows. More helps on long lines only.",
         may_change=True,
+        minimum=1,
     )
     checksum: Literal["auto", "crc64nvme", "crc32c", "md5"] = option(
         "auto", doc="What the store checks each part with; auto is CRC64NVME where the store knows it, else MD5."
@@ -89,8 +91,12 @@ class Options:
     acl: str = option("", doc='A canned ACL for the object, as in "bucket-owner-full-control".')
     tags: dict[str, str] | None = option(None, doc="Tags of the object.")
     requester_pays: bool = option(False, doc="Agree to pay for requests to a bucket of somebody else.")
-    attempts: int = option(6, doc="How often a request is sent when the store fails for a moment.", may_change=True)
-    rate_limit: Size | None = option(None, doc='Send at most this much a second, as in "40 MiB".', may_change=True)
+    attempts: int = option(
+        6, doc="How often a request is sent when the store fails for a moment.", may_change=True, minimum=1
+    )
+    rate_limit: Size | None = option(
+        None, doc='Send at most this much a second, as in "40 MiB".', may_change=True, minimum=RATE_MIN
+    )
 
     def __post_init__(self) -> None:
         if self.kms_key and self.encryption != "aws:kms":
@@ -157,8 +163,6 @@ class S3Writer:
 
         options = self._options
         where = S3Url.parse(options.url, self._dialect.scheme)
-        if options.parts_in_flight < 1 or options.attempts < 1:
-            raise PlanError("parts_in_flight and attempts are at least 1", operation="plan")
         pacer = Pacer(
             self._context.clock,
             requests=options.parts_in_flight,

@@ -25,7 +25,7 @@ from pipeline.flow.channels import Inlet, Outlet
 from pipeline.flow.items import Piece, RangeReader, Receipt, StoredImage
 from pipeline.flow.manifest import MANIFEST_SUFFIX
 from pipeline.flow.orders import SPARSE_SINK, Order
-from pipeline.flow.pacing import RateLimit
+from pipeline.flow.pacing import RATE_MIN, RateLimit
 from pipeline.flow.stage import (
     STORED_IMAGE,
     SinkPlan,
@@ -77,9 +77,11 @@ class Options:
         may_change=True,
     )
     attempts: int = option(
-        6, doc="How often a request is sent when the server or the line fails for a moment.", may_change=True
+        6, doc="How often a request is sent when the server or the line fails for a moment.", may_change=True, minimum=1
     )
-    rate_limit: Size | None = option(None, doc='Send at most this much a second, as in "40 MiB".', may_change=True)
+    rate_limit: Size | None = option(
+        None, doc='Send at most this much a second, as in "40 MiB".', may_change=True, minimum=RATE_MIN
+    )
 
 
 class SftpWriter:
@@ -145,8 +147,6 @@ class SftpWriter:
         sftp = client_library()
         options = self._options
         where = sftp.SftpUrl.parse(options.url)
-        if options.attempts < 1:
-            raise PlanError("attempts is at least 1", operation="plan")
         policy = self._retry_policy or RetryPolicy(attempts=options.attempts)
         retry = Retry(policy, clock=self._context.clock, emit=self._context.emit, stage=self._context.name)
         login = sftp.Login(

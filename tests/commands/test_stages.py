@@ -34,7 +34,7 @@ read.disk: Read a disk.
   partitions  (list of whole number or "all" or "needed"; default "all")
       Which partitions travel.
 
-  rate_limit  (size; optional)
+  rate_limit  (size, at least 1 KiB; optional)
       Bytes a second, at most.
 """
     )
@@ -63,6 +63,7 @@ def test_stages_as_json_are_one_object_each(call: Call) -> None:
         "name": "level",
         "kind": '"fast" or "small"',
         "required": False,
+        "minimum": None,
         "default": '"fast"',
         "choices": ["fast", "small"],
         "doc": "small takes longer.",

@@ -40,7 +40,7 @@ class ReadOptions:
 
     path: Path = option(doc="Block device or raw image file.", example='"/dev/sda"')
     partitions: tuple[int, ...] | Literal["all", "needed"] = option("all", doc="Which partitions travel.")
-    rate_limit: Size | None = option(None, doc="Bytes a second, at most.")
+    rate_limit: Size | None = option(None, doc="Bytes a second, at most.", minimum=KiB)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +71,7 @@ class StoreOptions:
     deadline: Duration = option(Duration(120), doc="How long a dead store is tried.")
     headers: dict[str, str] | None = option(None, doc="Sent with every request.")
     overwrite: bool = option(False, doc="Replace an existing object.")
+    attempts: int = option(6, doc="How often a request is sent.", minimum=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

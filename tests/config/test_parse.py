@@ -48,6 +48,22 @@ def test_a_good_file_becomes_typed_options(tmp_path: Path) -> None:
     assert config.stages[3].index == 3
 
 
+def test_a_value_below_the_least_is_a_fault_at_its_place(tmp_path: Path) -> None:
+    text = GOOD.replace('path = "/dev/sda"', 'path = "/dev/sda"\nrate_limit = "0"')
+    text = text.replace('url = "s3://images/web01.qcow2"', 'url = "s3://images/web01.qcow2"\nattempts = 0')
+    assert rendered(tmp_path, text) == (
+        'export.toml:8:14: rate_limit: at least 1 KiB is wanted, not the text "0"\n'
+        '    8 | rate_limit = "0"\n'
+        "      |              ^^^\n"
+        "export.toml:23:12: attempts: at least 1 is wanted, not the number 0\n"
+        "   23 | attempts = 0\n"
+        "      |            ^"
+    )
+    overridden = faults(tmp_path, GOOD, "write.s3.attempts=-1")
+    assert [fault.reason for fault in overridden] == ["write.s3.attempts: at least 1 is wanted, not the number -1"]
+    assert load(tmp_path, text.replace('"0"', '"1 KiB"').replace("= 0", "= 1")).stages[-2].options.attempts == 1
+
+
 def test_a_misspelt_option_is_shown_as_in_the_style_guide(tmp_path: Path) -> None:
     text = GOOD.replace('use = "checksum.guest"', 'use = "checksum.guest"\nalgoritm = "xxh3-128"')
     assert rendered(tmp_path, text) == (

@@ -94,6 +94,8 @@ BAD_STAGES = [
     'use = "write.s3"\nurl = "s3://a/b"\noverwrite = "yes"',
     'use = "write.s3"\nurl = "s3://a/b"\nheaders = { a = 1 }',
     'use = "sparse.zeros"\ngrain = 1',
+    'use = "write.s3"\nurl = "s3://a/b"\nattempts = 0',
+    'use = "read.disk"\npath = "/dev/sda"\nrate_limit = 1023',
 ]
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 import stages
-from pipeline.config.options import option_fields
+from pipeline.config.options import OptionField, option_fields
+from pipeline.config.parse import load_config
 from pipeline.config.wiring import ROLES
+from pipeline.errors import ConfigError
 from pipeline.flow.orders import Order, PartLimits, Traits
 from pipeline.flow.stage import BLOCKS, DISK_SIZE, NOTHING, STORED_IMAGE, StageSpec
 from stages.catalog import CATALOG
@@ -169,3 +171,26 @@ def test_some_writer_takes_what_the_encoder_gives(spec: StageSpec) -> None:
 def test_what_opens_a_stored_object_takes_an_endpoint_and_an_authority(spec: StageSpec) -> None:
     assert spec.open_reader is not None
     assert {"endpoint", "ca_file"} <= set(inspect.signature(spec.open_reader).parameters)
+
+
+COUNTS = ("attempts", "parts_in_flight", "connections", "parallel", "cpus")
+AT_LEAST = [
+    pytest.param(spec, item, id=f"{spec.name}.{item.name}")
+    for spec in SPECS
+    for item in option_fields(spec.options)
+    if item.name in (*COUNTS, "rate_limit")
+]
+
+
+@pytest.mark.parametrize("spec, item", AT_LEAST)
+def test_a_count_or_rate_that_stops_everything_is_a_fault_of_the_file(
+    spec: StageSpec, item: OptionField, tmp_path: Path
+) -> None:
+    file = tmp_path / "export.toml"
+    for value in ("0", "-1") if item.name in COUNTS else ('"0"', "1023"):
+        file.write_text(f'[export]\nname = "a"\n[[stage]]\nuse = "{spec.name}"\n{item.name} = {value}\n')
+        with pytest.raises(ConfigError) as caught:
+            load_config(file, CATALOG)
+        assert (5, f"{item.name}: at least {item.least} is wanted") in [
+            (fault.line, fault.reason.partition(",")[0]) for fault in caught.value.faults
+        ]

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.errors import PlanError, SourceError, StageError
+from pipeline.errors import SourceError, StageError
 from pipeline.events import Event, VerifyProgressed
 from pipeline.flow.buffers import Slice, loose_slice
 from pipeline.flow.items import Block, Content, RangeReader, Run, StoredImage, Why
@@ -78,11 +78,6 @@ async def test_without_a_guest_digest_the_missing_stage_is_named() -> None:
     with pytest.raises(StageError) as caught:
         await Readback(Options(), context).verify(stored(bytes(512)))
     assert "checksum.guest" in caught.value.hint
-
-
-def test_no_window_in_flight_is_refused() -> None:
-    with pytest.raises(PlanError, match="at least 1"):
-        Readback(Options(parallel=0), context_for(DISK))
 
 
 async def test_progress_is_told_at_most_four_times_a_second() -> None:
