@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -447,11 +448,17 @@ class _Reader:
         )
 
     def _build(self, kind: type[Any], values: dict[str, Any], table: _Table) -> Any:
-        """Make the options; what `__post_init__` refuses is told at the option that its message starts with."""
+        """Make the options; what `__post_init__` refuses is told at the option that its message starts with.
+
+        An option that is given and could not be read is not among `values`: what is said of it would be false.
+        """
         try:
             return kind(**values)
         except ValueError as error:
             first = str(error).replace(":", " ").split(" ", 1)[0]
+            unread = (set(table.content) | set(table.overrides)) & set(_names(kind)) - set(values)
+            if unread & set(re.findall(r"\w+", str(error))):
+                return None
             if first in values:
                 self._value_fault(table, first, str(error), "")
             elif first not in _names(kind):

@@ -53,7 +53,9 @@ class Sample:
         if verdict.state == "identical":
             detail = (
                 f"{compared} of {digest.size} bytes of the disk ({verdict.coverage:.2%}) were read back and are what "
-                f"was read ({digest.algorithm}); {format_size(data)} of it hold data; the rest was not looked at"
+                f"was read ({digest.algorithm}); {format_size(data)} of it hold data"
             )
+            if compared < digest.size:
+                detail += "; the rest was not looked at"
         evidence = {**verdict.evidence, "seed": self.seed, "share": f"{self.share:g}"}
         return replace(verdict, level="sample", detail=detail, evidence=evidence)

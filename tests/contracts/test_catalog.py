@@ -194,3 +194,28 @@ def test_a_count_or_rate_that_stops_everything_is_a_fault_of_the_file(
         assert (5, f"{item.name}: at least {item.least} is wanted") in [
             (fault.line, fault.reason.partition(",")[0]) for fault in caught.value.faults
         ]
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (
+            'use = "write.http"\nurl = "http://h/x"\nuser = "me"\npassword = { env = "NOPE" }',
+            "password: the environment variable NOPE is not set",
+        ),
+        (
+            'use = "write.gcs"\nurl = "gs://b/x"\nhmac_key = "me"\nhmac_secret = { env = "NOPE" }',
+            "hmac_secret: the environment variable NOPE is not set",
+        ),
+        ('use = "read.image"\npath = 7', "path: a path is wanted, not the number 7"),
+    ],
+)
+def test_an_option_that_is_given_and_cannot_be_read_is_not_called_missing(
+    options: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NOPE", raising=False)
+    file = tmp_path / "export.toml"
+    file.write_text(f'[export]\nname = "a"\n[[stage]]\n{options}\n')
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, CATALOG)
+    assert [fault.reason for fault in caught.value.faults] == [reason]

@@ -79,6 +79,9 @@ async def test_verdict_says_how_much_was_compared() -> None:
     assert 0.25 <= coverage <= 0.35
     assert f"{coverage:.2%}" in detail
     assert "the rest was not looked at" in detail
+    _, coverage, detail = await judged(disk, disk, 1)
+    assert coverage == 1
+    assert "the rest" not in detail
 
 
 async def test_difference_inside_of_the_sample_is_found_and_one_outside_is_not() -> None:
