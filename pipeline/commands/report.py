@@ -10,8 +10,9 @@ import click
 
 from pipeline.commands.candidates import manifests
 from pipeline.commands.console import Console, run_async, until_interrupted, verb
-from pipeline.errors import EXIT_OK, PlanError
-from stages.store.stored import read_manifest
+from pipeline.errors import EXIT_OK, PlanError, StoreError
+from stages.store.file import local_path
+from stages.store.stored import read_manifest, scheme_of
 
 if TYPE_CHECKING:
     from pipeline.observe.record import Record
@@ -61,4 +62,21 @@ async def _report(console: Console, manifest: str, output: Path | None, endpoint
 async def _read(image: str, where: str, endpoint: str) -> Record:
     from pipeline.observe.record import record_of
 
+    if scheme_of(image) == "file" and all(_is_missing(local_path(one)) for one in (image, where)):
+        raise StoreError(
+            f"{image} does not exist, and neither does {where}",
+            operation="report",
+            hint="Name the image, or the manifest beside it.",
+        )
     return record_of(await read_manifest(image, endpoint), where=where)
+
+
+def _is_missing(path: Path) -> bool:
+    """Whether nothing is there. What can't be looked at may be there."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except (OSError, ValueError):
+        pass
+    return False

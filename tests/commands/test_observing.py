@@ -171,7 +171,7 @@ def test_a_place_that_went_away_is_a_warning_and_fails_nothing(
 @pytest.mark.parametrize(
     "text, code, reason",
     [
-        (None, 1, "the manifest can't be read"),
+        (None, 1, "x.raw does not exist, and neither does"),
         ("{}", 3, "this is not a manifest of an export"),
         ("not json", 3, "this is not a manifest of an export"),
     ],
@@ -183,6 +183,14 @@ def test_a_manifest_that_is_none_is_told(tmp_path: Path, text: str | None, code:
     assert said.code == code
     assert reason in said.err
     assert not (tmp_path / "x.html").exists()
+
+
+def test_a_missing_file_is_named_as_it_was_given(tmp_path: Path) -> None:
+    said = call("report", tmp_path / "nosuch.json")
+    assert said.code == 1
+    assert f"{tmp_path / 'nosuch.json'} does not exist, and neither does {tmp_path / 'nosuch.json'}.man" in said.err
+    (tmp_path / "nosuch.json").write_text("{}")
+    assert "the manifest can't be read" in call("report", tmp_path / "nosuch.json").err
 
 
 def test_a_page_that_cannot_be_written_is_told(toml: Path) -> None:
