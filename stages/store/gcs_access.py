@@ -186,7 +186,12 @@ class BearerSigner:
         now = time.time()
         form = {"grant_type": "urn:ietf:params:oauth:grant-type:jwt-bearer", "assertion": account.assertion(now)}
         parts = urlsplit(account.token_uri)
-        client = HttpClient(f"{parts.scheme}://{parts.netloc}", connections=1, ca_file=self._ca_file)
+        client = HttpClient(
+            f"{parts.scheme}://{parts.netloc}",
+            connections=1,
+            ca_file=self._ca_file,
+            told_by='"token_uri" in the key file of the service account',
+        )
         try:
             reply = await client.request(
                 "POST",

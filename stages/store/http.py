@@ -106,11 +106,13 @@ class HttpClient:
         ca_file: Path | None = None,
         timeouts: Timeouts | None = None,
         on_alive: Callable[[], None] = lambda: None,
+        told_by: str = '"endpoint"',
     ) -> None:
         """Prepare it; nothing is sent.
 
         Args:
             origin: `scheme://host[:port]`.
+            told_by: where the user wrote the origin, for hints.
             ca_file: PEM certificates to trust instead of the system's.
             on_alive: called whenever the server gives a sign of life.
         Raises:
@@ -120,6 +122,7 @@ class HttpClient:
         self._timeouts = timeouts or Timeouts()
         self._on_alive = on_alive
         self._connections = connections
+        self._told_by = told_by
         self._tls = _tls_context(ca_file) if origin.startswith("https:") else None
         self._proxy = _proxy_for(origin)
         self._session: aiohttp.ClientSession | None = None
@@ -235,7 +238,7 @@ class HttpClient:
                 temporary=isinstance(error, aiohttp.ClientConnectorDNSError),
                 operation=operation,
                 endpoint=self.origin,
-                hint='Check "endpoint": host name, port, and https or http.',
+                hint=f"Check {self._told_by}: host name, port, and https or http.",
             )
         if isinstance(error, (aiohttp.ConnectionTimeoutError, aiohttp.ClientConnectorError)):
             reason = "no connection in time" if isinstance(error, TimeoutError) else _reason(error)
@@ -244,7 +247,7 @@ class HttpClient:
                 temporary=True,
                 operation=operation,
                 endpoint=self.origin,
-                hint='Check "endpoint", that the store runs, and that no firewall is in between.',
+                hint=f"Check {self._told_by}, that the store runs, and that no firewall is in between.",
             )
         if isinstance(error, (aiohttp.InvalidURL, aiohttp.ClientPayloadError)) and not isinstance(error, OSError):
             cut = isinstance(error, aiohttp.ClientPayloadError)

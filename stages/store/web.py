@@ -228,7 +228,12 @@ async def open_web_reader(
         if address.authorization:
             sent["Authorization"] = address.authorization
         client = HttpClient(
-            address.origin, connections=_CONNECTIONS, ca_file=ca_file, timeouts=timeouts, on_alive=retry.alive
+            address.origin,
+            connections=_CONNECTIONS,
+            ca_file=ca_file,
+            timeouts=timeouts,
+            on_alive=retry.alive,
+            told_by="the URL",
         )
         try:
             place = _Place(client, address.url, sent)

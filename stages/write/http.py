@@ -177,6 +177,7 @@ class HttpWriter:
             ca_file=options.ca_file,
             timeouts=self._timeouts,
             on_alive=retry.alive,
+            told_by='"url"',
         )
         client = WebClient(http, headers, self._context.name)
         planned = _Planned(

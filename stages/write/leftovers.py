@@ -282,7 +282,8 @@ async def _web_folder(url: str) -> AsyncIterator[Place]:
     address = WebAddress.parse(url)
     login = {"Authorization": address.authorization} if address.authorization else {}
     retry = Retry(RetryPolicy(), clock=RealClock(), emit=lambda event: None, stage="uploads")
-    client = WebClient(HttpClient(address.origin, connections=2, on_alive=retry.alive), login, "the URL")
+    http = HttpClient(address.origin, connections=2, on_alive=retry.alive, told_by="the URL")
+    client = WebClient(http, login, "the URL")
     try:
         yield _WebFolder(client, retry, address.url, scheme=urlsplit(url).scheme)
     finally:

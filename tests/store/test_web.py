@@ -14,6 +14,7 @@ from pipeline.flow.retry import RetryPolicy
 from pipeline.units import MiB
 from stages.store.stored import open_stored
 from stages.store.web import open_web_reader
+from tests.stores.process import free_ports
 from tests.stores.ranged import RangedServer, ranged_server
 
 DATA = random.Random("web").randbytes(9 * MiB + 123)
@@ -135,3 +136,11 @@ async def test_what_is_no_url_is_refused(url: str) -> None:
     with pytest.raises(PlanError, match="does not name an object"):
         async with open_web_reader(url):
             pass
+
+
+async def test_where_nobody_listens_the_url_is_to_be_checked() -> None:
+    (port,) = free_ports(1)
+    with pytest.raises(StoreError, match="can't connect") as caught:
+        async with open_web_reader(f"http://127.0.0.1:{port}/x", policy=QUICK):
+            pass
+    assert caught.value.hint.startswith("Check the URL, that")

@@ -37,6 +37,7 @@ from tests.disks.letters import write_disk
 from tests.end_to_end.places import unused_name
 from tests.stores.faults import FlipRequest, LoseReply, Nth, Reply, ResetRequest, Rule, StallRequest
 from tests.stores.gcs import GcsServer
+from tests.stores.process import free_ports
 from tests.stores.proxy import FaultProxy
 from tests.stores.s3 import S3Server
 from tests.write.images import Collected, make_context, mixed
@@ -418,6 +419,15 @@ async def test_refused_service_account_and_a_wrong_key_file_are_told(tmp_path: P
         (tmp_path / "wrong.json").write_text(text)
         with pytest.raises(PlanError, match="key file"):
             ServiceAccount.read(tmp_path / "wrong.json")
+
+
+async def test_unreachable_token_service_is_told_by_the_name_it_has_in_the_key_file(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    account = ServiceAccount.read(key_file(tmp_path, f"http://127.0.0.1:{port}/token")[0])
+    signer = BearerSigner(GcsAccess(endpoint="https://store", account=account))
+    with pytest.raises(StoreError, match="can't connect") as caught:
+        await signer.sign("GET", "https://store/x", {}, b"")
+    assert caught.value.hint.startswith('Check "token_uri" in the key file')
 
 
 async def test_parts_carry_the_token_and_the_conditions_of_google(bench: Bench) -> None:

@@ -297,9 +297,10 @@ async def test_server_that_nobody_vouches_for_is_refused(target: Target, tmp_pat
 
 async def test_where_nobody_listens_is_told(target: Target) -> None:
     (target.port,) = free_ports(1)
-    with pytest.raises(StoreError, match="can't connect"):
+    with pytest.raises(StoreError, match="can't connect") as caught:
         async with target.planned(mixed(MiB)):
             pass
+    assert caught.value.hint.startswith('Check "url", that')
 
 
 @pytest.mark.parametrize("folder", ["plain", "put", "read"])
