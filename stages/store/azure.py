@@ -123,7 +123,7 @@ class AzureClient:
         timeouts: Timeouts | None = None,
         on_alive: Callable[[], None] = lambda: None,
     ) -> AzureClient:
-        """Prepare connections; sends nothing. Raises StoreError where the CA file can't be used."""
+        """Prepare connections; sends nothing. Raises PlanError where the CA file can't be used."""
         parts = urlsplit(access.endpoint)
         http = HttpClient(
             f"{parts.scheme}://{parts.netloc}",

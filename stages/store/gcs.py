@@ -99,7 +99,7 @@ class GcsClient:
         timeouts: Timeouts | None = None,
         on_alive: Callable[[], None] = lambda: None,
     ) -> None:
-        """Prepare connections; sends nothing. Raises StoreError where the CA file can't be used."""
+        """Prepare connections; sends nothing. Raises PlanError where the CA file can't be used."""
         self.bucket = bucket
         self.access = access
         self._signer = BearerSigner(access, ca_file)

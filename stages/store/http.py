@@ -5,7 +5,6 @@ aiohttp's exceptions end here; everything above sees replies and StoreErrors.
 
 from __future__ import annotations
 
-import ssl
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
@@ -23,6 +22,7 @@ from pipeline import __version__
 from pipeline.errors import StoreError
 from pipeline.units import KiB, MiB, format_duration
 from stages.store.digests import Buffer
+from stages.store.trust import trusting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,14 +116,14 @@ class HttpClient:
             ca_file: PEM certificates to trust instead of the system's.
             on_alive: called whenever the server gives a sign of life.
         Raises:
-            StoreError: the CA file can't be used.
+            PlanError: the CA file can't be used.
         """
         self.origin = origin
         self._timeouts = timeouts or Timeouts()
         self._on_alive = on_alive
         self._connections = connections
         self._told_by = told_by
-        self._tls = _tls_context(ca_file) if origin.startswith("https:") else None
+        self._tls = trusting(ca_file) if origin.startswith("https:") else None
         self._proxy = _proxy_for(origin)
         self._session: aiohttp.ClientSession | None = None
 
@@ -409,18 +409,6 @@ def _reason(error: BaseException) -> str:
     os_error = getattr(inner, "os_error", inner)
     text = getattr(os_error, "strerror", None) or str(os_error) or type(os_error).__name__
     return str(text)
-
-
-def _tls_context(ca_file: Path | None) -> ssl.SSLContext:
-    try:
-        return ssl.create_default_context(cafile=str(ca_file) if ca_file is not None else None)
-    except (OSError, ssl.SSLError) as error:
-        raise StoreError(
-            f"the CA file can't be used: {error}",
-            operation="connect",
-            path=ca_file,
-            hint='"ca_file" names a PEM file with the certificate of the authority.',
-        ) from None
 
 
 def _proxy_for(origin: str) -> str | None:

@@ -402,6 +402,7 @@ async def open_connection(
     """Connect, speak TLS where the URL says so, and agree on the export.
 
     Raises:
+        PlanError: the certificates to trust can't be used.
         StoreError: no connection, no such export, wrong certificate; `temporary` where it may work later.
     """
     patience = patience or Patience()

@@ -18,6 +18,7 @@ import anyio
 import anyio.lowlevel
 
 from pipeline.units import KiB, MiB
+from stages.store.trust import trusting
 
 Buffer = bytes | bytearray | memoryview
 
@@ -281,10 +282,11 @@ def client_tls(folder: Path | None, ca_file: Path | None = None) -> ssl.SSLConte
     folder's `client-cert.pem` where there is one.
 
     Raises:
-        OSError, ssl.SSLError: the files can't be used.
+        PlanError: what is to be trusted can't be used.
+        OSError, ssl.SSLError: the client's own certificate can't.
     """
     trusted = ca_file or (folder / "ca-cert.pem" if folder is not None else None)
-    context = ssl.create_default_context(cafile=str(trusted) if trusted is not None else None)
+    context = trusting(trusted)
     if folder is not None and (folder / "client-cert.pem").exists():
         context.load_cert_chain(folder / "client-cert.pem", folder / "client-key.pem")
     return context

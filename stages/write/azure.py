@@ -65,7 +65,7 @@ class BlobPlace:
         timeouts: Timeouts | None = None,
         policy: RetryPolicy | None = None,
     ) -> None:
-        """Find credentials; sends nothing. Raises PlanError, or StoreError for the CA file."""
+        """Find credentials; sends nothing. Raises PlanError."""
         from pipeline.flow.retry import Retry, RetryPolicy
         from stages.store.azure import AzureClient, AzureUrl
         from stages.store.azure_access import find_access

@@ -270,8 +270,12 @@ async def test_an_endpoint_that_is_no_url_is_refused(endpoint: str) -> None:
 
 
 async def test_a_ca_file_that_can_not_be_read_is_told(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="CA file"):
+    with pytest.raises(PlanError, match="the CA file can't be read: no such file") as caught:
         await S3Client.connect("b", endpoint="https://h", ca_file=tmp_path / "none.pem")
+    assert str(tmp_path / "none.pem") in str(caught.value)
+    (tmp_path / "empty.pem").touch()
+    with pytest.raises(PlanError, match="the CA file holds no certificate"):
+        await S3Client.connect("b", endpoint="https://h", ca_file=tmp_path / "empty.pem")
 
 
 def test_an_s3_url_is_taken_apart() -> None:

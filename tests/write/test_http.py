@@ -290,7 +290,7 @@ async def test_server_that_nobody_vouches_for_is_refused(target: Target, tmp_pat
         async with target.planned(mixed(MiB), ca_file=None):
             pass
     assert "ca_file" in caught.value.hint
-    with pytest.raises(StoreError, match="CA file can't be used"):
+    with pytest.raises(PlanError, match="CA file holds no certificate"):
         async with target.planned(mixed(MiB), ca_file=tmp_path / "disk"):
             pass
 

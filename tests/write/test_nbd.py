@@ -119,6 +119,8 @@ async def test_tls_all_the_way(case: Case) -> None:
         no_certificate = server.url().partition("?")[0]
         with pytest.raises(PlanError, match="not trusted"):
             await case.to(no_certificate)
+        with pytest.raises(PlanError, match="the CA file can't be read: no such file"):
+            await case.to(no_certificate, f'ca_file = "{case.folder / "none.pem"}"')
         ca = server.certificates / "ca-cert.pem"
         with pytest.raises(PipelineError, match=r"TLS failed|can't connect"):
             await case.to(no_certificate, f'ca_file = "{ca}"', "attempts = 1")
