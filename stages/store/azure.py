@@ -37,7 +37,8 @@ STATE = "pipelinestate"
 _RANGE_MAX = 16 * MiB
 _LISTING_MAX = 32 * MiB
 _TEMPORARY = frozenset({408, 429, 500, 502, 503, 504})
-_NAME = re.compile(r"[a-z0-9](?:[a-z0-9]|-(?=[a-z0-9])){1,62}|\$root|\$web")
+# Source: "Naming and referencing containers, blobs, and metadata".
+_NAME = re.compile(r"[a-z0-9](?:[a-z0-9]|-(?=[a-z0-9])){2,62}|\$root|\$web")
 
 
 class AzureError(StoreError):
@@ -60,11 +61,18 @@ class AzureUrl:
         """Take a URL apart. Raises PlanError."""
         scheme, _, rest = url.partition("://")
         container, _, name = rest.partition("/")
-        if scheme != "az" or not _NAME.fullmatch(container) or not name or name.endswith("/"):
+        if scheme != "az" or not container or not name or name.endswith("/"):
             raise PlanError(
                 f'"{url}" does not name a blob',
                 operation="plan",
                 hint="Write az://CONTAINER/NAME, with the image's name; the account is told by the credentials.",
+            )
+        if not _NAME.fullmatch(container):
+            raise PlanError(
+                f'"{container}" is not the name of a container',
+                operation="plan",
+                url=url,
+                hint="Container names have 3 to 63 lower-case letters, digits and single hyphens between them.",
             )
         return cls(container=container, name=name)
 

@@ -95,7 +95,7 @@ def find_access(
         if not connection_string:
             key, sas = os.environ.get("AZURE_STORAGE_KEY", ""), os.environ.get("AZURE_STORAGE_SAS_TOKEN", "")
     if connection_string:
-        told = _connection(connection_string)
+        told = _connection(connection_string, source)
         account = told.get("accountname", account)
         key, sas = told.get("accountkey", ""), told.get("sharedaccesssignature", "")
         endpoint = endpoint or told.get("blobendpoint", "")
@@ -122,8 +122,16 @@ def find_access(
     )
 
 
-def _connection(text: str) -> dict[str, str]:
+def _connection(text: str, source: str) -> dict[str, str]:
+    """Its pairs, names in lower case. Raises PlanError, which never shows the text: a key may be in it."""
     pairs = [pair.partition("=") for pair in text.strip().split(";") if pair.strip()]
+    if not all(equals and name.strip() for name, equals, _ in pairs):
+        raise PlanError(
+            "the connection string is malformed: it is not NAME=VALUE;NAME=VALUE",
+            operation="credentials",
+            source=source,
+            hint="Copy all of it from the account's page of access keys: DefaultEndpointsProtocol=...;AccountName=...",
+        )
     return {name.strip().lower(): value.strip() for name, _, value in pairs}
 
 

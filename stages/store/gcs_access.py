@@ -72,6 +72,15 @@ def find_access(
         return GcsAccess(endpoint=where, account=account, source=f"{given}, service account {account.email}")
     if emulator:
         return GcsAccess(endpoint=where)
+    if hmac_key or hmac_secret:
+        half, missing = "GS_ACCESS_KEY_ID", "GS_SECRET_ACCESS_KEY"
+        if hmac_secret:
+            half, missing = missing, half
+        raise PlanError(
+            f"half of the HMAC key is missing: {half} is set, and {missing} is not",
+            operation="credentials",
+            hint=f"Set {missing} too.",
+        )
     raise PlanError("there are no credentials for the store", operation="credentials", hint=_HINT)
 
 

@@ -196,7 +196,7 @@ class S3Client:
             connections: how many requests may be under way at once.
         Raises:
             PlanError: no credentials, or an endpoint that is not a URL.
-            StoreError: the CA file can't be used.
+            PlanError: the CA file can't be used.
         """
         around = await look_around()
         region = region or around.region or "us-east-1"

@@ -34,7 +34,7 @@ from pipeline.flow.orders import Order
 from pipeline.flow.retry import RetryPolicy
 from pipeline.flow.stage import Clock, RealClock, SinkRequest
 from pipeline.units import MiB
-from stages.store.azure import AzureClient
+from stages.store.azure import AzureClient, AzureUrl
 from stages.write.azure_block import AzureBlockWriter, Options
 from stages.write.azure_page import AzurePageWriter
 from stages.write.azure_page import Options as PageOptions
@@ -246,6 +246,10 @@ async def test_wrong_credentials_and_a_missing_container_are_told_in_planning(be
             await bench.store(mixed(MiB))
         assert key not in f"{caught.value}{caught.value.hint}"
     bench.monkeypatch.delenv("AZURE_STORAGE_CONNECTION_STRING")
+    garbage = Secret("CONNECTION", "garbage;AccountKey=hunter2")
+    with pytest.raises(PlanError, match="connection string is malformed") as malformed:
+        await bench.store(mixed(MiB), connection_string=garbage)
+    assert "hunter2" not in f"{malformed.value}{malformed.value.hint}"
     for options, reason in (({}, "which storage account"), ({"account": "a"}, "no credentials")):
         with pytest.raises(PlanError, match=reason):
             await bench.store(mixed(MiB), **options)
@@ -260,7 +264,19 @@ async def test_wrong_credentials_and_a_missing_container_are_told_in_planning(be
     assert "az storage container create" in missing.value.hint
 
 
-@pytest.mark.parametrize("url", ["az://container", "az://container/", "az://Container/x", "az://a_b/x", "s3://a/b"])
+@pytest.mark.parametrize("container", ["c", "ab", "Container", "a_b", "a--b", "-ab", "ab-", "a" * 64])
+def test_what_names_no_container_is_told_how_containers_are_named(container: str) -> None:
+    with pytest.raises(PlanError, match="is not the name of a container") as caught:
+        AzureUrl.parse(f"az://{container}/x")
+    assert "3 to 63" in caught.value.hint
+
+
+@pytest.mark.parametrize("container", ["abc", "a-1", "a" * 63, "$root"])
+def test_containers_of_every_length_are_known(container: str) -> None:
+    assert AzureUrl.parse(f"az://{container}/x/y").container == container
+
+
+@pytest.mark.parametrize("url", ["az://container", "az://container/", "az:///x", "s3://a/b"])
 async def test_what_names_no_blob_is_refused(bench: Bench, url: str) -> None:
     with pytest.raises(PlanError, match="does not name a blob"):
         await bench.store(mixed(MiB), url=url)

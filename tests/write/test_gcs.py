@@ -28,7 +28,7 @@ from pipeline.flow.orders import Order
 from pipeline.flow.stage import SinkRequest
 from pipeline.units import MiB
 from stages.store.gcs import GcsClient
-from stages.store.gcs_access import BearerSigner, GcsAccess, ServiceAccount
+from stages.store.gcs_access import BearerSigner, GcsAccess, ServiceAccount, find_access
 from stages.store.http import BytesBody
 from stages.write import parts
 from stages.write.gcs import GcsPartsWriter, Options
@@ -184,6 +184,16 @@ async def test_an_existing_target_a_missing_bucket_and_missing_credentials_are_t
     for upload in ("resumable", "multipart"):
         with pytest.raises(PlanError, match="no credentials"):
             await bench.export(options=f'upload = "{upload}"')
+
+
+@pytest.mark.parametrize(
+    "given, missing", [("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"), ("SECRET_ACCESS_KEY", "ACCESS_KEY_ID")]
+)
+def test_half_of_a_key_is_told_by_its_other_half(given: str, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"GS_{given}", "hunter2")
+    with pytest.raises(PlanError, match=f"GS_{given} is set, and GS_{missing} is not") as caught:
+        find_access()
+    assert "hunter2" not in str(caught.value)
 
 
 @pytest.fixture
