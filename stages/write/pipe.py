@@ -32,7 +32,7 @@ from pipeline.events import UploadOpened, UploadRemoved
 from pipeline.flow.channels import Inlet, Outlet
 from pipeline.flow.items import Piece, RangeReader, StoredImage
 from pipeline.flow.orders import SEQUENTIAL_SINK, Order
-from pipeline.flow.pacing import RateLimit
+from pipeline.flow.pacing import RATE_MIN, RateLimit
 from pipeline.flow.parallel import in_thread
 from pipeline.flow.placement import is_of_disk, lies_on_disk
 from pipeline.flow.stage import NOTHING, SinkPlan, SinkRequest, StageContext, StageSpec, option, pieces
@@ -62,7 +62,7 @@ class Options:
         None,
         doc="Program and arguments that take the image on stdin, no shell; without it, the image goes to stdout.",
     )
-    rate_limit: Size | None = option(None, doc='Send at most this much a second, as in "40 MiB".')
+    rate_limit: Size | None = option(None, doc='Send at most this much a second, as in "40 MiB".', minimum=RATE_MIN)
 
     def __post_init__(self) -> None:
         if self.command is not None and not (self.command and self.command[0]):
