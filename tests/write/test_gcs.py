@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import parse_qs
 
 import anyio
+import anyio.to_thread
 import pytest
 from click.testing import CliRunner
 from cryptography.hazmat.primitives import hashes, serialization
@@ -40,7 +41,9 @@ from tests.stores.gcs import GcsServer
 from tests.stores.process import free_ports
 from tests.stores.proxy import FaultProxy
 from tests.stores.s3 import S3Server
-from tests.write.images import Collected, make_context, mixed
+from tests.stores.seaweedfs import SeaweedFs
+from tests.stores.tls import make_certificate
+from tests.write.images import Collected, QuickClock, make_context, mixed
 
 NAME = "images/web 01+ä.img"
 LETTERS = "AB0-A" + "-" * 9 + "C0" + "DEF" * 6
@@ -347,6 +350,85 @@ async def test_parts_go_up_with_an_hmac_key_in_the_dialect_of_gcs(
     assert sent
     assert all("content-md5" in seen.headers for seen in sent)
     assert not any(name.startswith(("x-amz-checksum", "x-goog")) for seen in proxy.seen for name in seen.headers)
+
+
+def with_key(server: S3Server, bench: Bench, secret: str | None = None) -> str:
+    """The options that lead to an S3 store with its key, or with a wrong secret."""
+    bench.bucket = server.new_bucket()
+    bench.monkeypatch.setenv("HMAC_SECRET", server.credentials.secret_key if secret is None else secret)
+    key = f'hmac_key = "{server.credentials.access_key}"; hmac_secret = {{ env = "HMAC_SECRET" }}'
+    return f'{key}; endpoint = "{server.endpoint}"'
+
+
+async def test_parts_go_over_tls_to_a_store_of_the_given_authority_alone(
+    seaweedfs_tls: S3Server, bench: Bench, tmp_path: Path
+) -> None:
+    disk = write_disk(bench.tmp / "disk", "ABCDEFGHI" * 4)
+    options = with_key(seaweedfs_tls, bench)
+    stranger = make_certificate(tmp_path / "stranger").ca
+    for wrong in (options, f'{options}; ca_file = "{stranger}"'):
+        with pytest.raises(StoreError, match="certificate of the store is not trusted") as caught:
+            await bench.export(options=wrong)
+        assert "ca_file" in caught.value.hint
+    assert seaweedfs_tls.keys(bench.bucket) == []
+    outcome = await bench.export("verify.readback", options=f'{options}; ca_file = "{seaweedfs_tls.ca_file}"')
+    assert outcome.state == "identical"
+    assert seaweedfs_tls.get(bench.bucket, NAME) == disk.read_bytes()
+
+
+async def test_wrong_hmac_key_is_refused_in_planning_with_its_source(seaweedfs: S3Server, bench: Bench) -> None:
+    options = with_key(seaweedfs, bench, "not-the-secret")
+    with pytest.raises(PlanError, match=r"SignatureDoesNotMatch|AccessDenied") as caught:
+        await bench.export(options=options)
+    assert f"HMAC key {seaweedfs.credentials.access_key}" in caught.value.hint
+    assert "not-the-secret" not in str(caught.value) + caught.value.hint
+    with pytest.raises(PlanError, match="InvalidAccessKeyId"):
+        await bench.export(options=options.replace(f'"{seaweedfs.credentials.access_key}"', '"nobody"'))
+    assert seaweedfs.keys(bench.bucket) == []
+
+
+class Patient(QuickClock):
+    """A clock whose sleeps end when the server is back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sleeps, self.back = anyio.Event(), anyio.Event()
+
+    async def sleep(self, seconds: float) -> None:
+        """Until `back` is set."""
+        self.sleeps.set()
+        await self.back.wait()
+        await super().sleep(seconds)
+
+
+async def test_server_that_is_killed_in_the_middle_of_a_part_and_comes_back_loses_nothing(
+    own_seaweedfs: SeaweedFs, bench: Bench
+) -> None:
+    server, image, clock, outlet = own_seaweedfs.server, mixed(30 * MiB), Patient(), Collected()
+    bench.bucket = server.new_bucket()
+    bench.monkeypatch.setenv("GS_ACCESS_KEY_ID", server.credentials.access_key)
+    bench.monkeypatch.setenv("GS_SECRET_ACCESS_KEY", server.credentials.secret_key)
+    second = Rule(StallRequest(after_bytes=MiB), method="PUT", query="partNumber=2&", when=Nth(1))
+    async with FaultProxy(server.port, rules=[second]) as proxy:
+        context = make_context(image, events=bench.events, clock=clock)
+        options = Options(url=bench.url, endpoint=proxy.url, parts_in_flight=1)
+        writer = GcsPartsWriter(options, replace(context, name="write.gcs"))
+        request = SinkRequest(layout=image.layout(), order=Order.SEQUENTIAL, memory=64 * MiB)
+        await writer.plan(request)
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(writer.run, image.pieces(), outlet)
+                await proxy.until(lambda: any(seen.is_stalled for seen in proxy.seen))
+                await anyio.to_thread.run_sync(own_seaweedfs.kill)
+                await clock.sleeps.wait()
+                await anyio.to_thread.run_sync(own_seaweedfs.start)
+                clock.back.set()
+        await writer.close()
+        again = [len(proxy.requests("PUT", query=f"partNumber={number}&")) for number in (1, 2, 3)]
+    assert again == [1, 2, 1], "only the part under way is sent again"
+    assert [event for event in bench.events if isinstance(event, RetryScheduled)]
+    assert server.get(bench.bucket, NAME) == image.data
+    assert server.open_uploads(bench.bucket) == []
 
 
 # ---- service accounts ----------------------------------------------------------------------------------------------
