@@ -21,6 +21,7 @@ from pipeline.units import MiB
 from stages.store.sftp import SftpUrl
 from tests.disks.mounts import loop_device
 from tests.stores.azurite import AzureServer
+from tests.stores.gcs import GcsServer
 from tests.stores.nbd import NbdFolder
 from tests.stores.nginx import WebServer
 from tests.stores.openssh import SftpServer
@@ -213,6 +214,25 @@ def _gcs(request: pytest.FixtureRequest, folder: Path) -> Target:
     )
 
 
+def _gcs_session(request: pytest.FixtureRequest, folder: Path) -> Target:
+    """Parts one at a time in ascending order, so every fault of a part can come; an image whose head is last cannot."""
+    server: GcsServer = request.getfixturevalue("gcs_server")
+    bucket = server.create_bucket(f"b{uuid.uuid4().hex}")
+    return Target(
+        stage=f'write.gcs; url = "gs://{bucket}/{NAME}"; upload = "resumable"; endpoint = "{server.endpoint}"',
+        shape="parts",
+        stored=lambda: server.get(bucket, NAME),
+        # Objects alone: no call lists sessions. tests/write/test_gcs.py shows that a cancelled run ends its own.
+        names=lambda: server.names(bucket),
+        encoder="encode.raw",
+        environment={
+            "STORAGE_EMULATOR_HOST": server.endpoint,
+            "GS_ACCESS_KEY_ID": "",
+            "GOOGLE_APPLICATION_CREDENTIALS": "",
+        },
+    )
+
+
 # Writer and kind of server, to what makes a place there. Writers come before the first space.
 TARGETS: dict[str, Callable[[pytest.FixtureRequest, Path], Target]] = {
     "write.file": _file,
@@ -220,6 +240,7 @@ TARGETS: dict[str, Callable[[pytest.FixtureRequest, Path], Target]] = {
     "write.s3 on SeaweedFS": lambda request, folder: _s3(request.getfixturevalue("seaweedfs")),
     "write.azure_block on Azurite": _azure_block,
     "write.gcs on SeaweedFS": _gcs,
+    "write.gcs in a session of the emulator": _gcs_session,
     "write.s3 on Swift": lambda request, folder: _s3(request.getfixturevalue("swift")),
     "write.azure_page on Azurite": _azure_page,
     "write.nbd on nbdkit": _nbd,

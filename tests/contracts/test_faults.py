@@ -46,7 +46,13 @@ GONE = Fails(StoreError("no route to host", operation="any", temporary=True))
 
 # Stores by the shape of their uploads. Every fault meets the first of a shape in `make test`; the others meet those
 # that they see anything of (a lost answer, a call that came twice): what is raised above them is the same for all.
-IN_PARTS = ["write.s3 on SeaweedFS", "write.azure_block on Azurite", "write.gcs on SeaweedFS", "write.s3 on Swift"]
+IN_PARTS = [
+    "write.s3 on SeaweedFS",
+    "write.azure_block on Azurite",
+    "write.gcs on SeaweedFS",
+    "write.gcs in a session of the emulator",
+    "write.s3 on Swift",
+]
 IN_RANGES = [
     "write.file",
     "write.sftp on OpenSSH",

@@ -172,6 +172,8 @@ async def test_cancelled_session_leaves_no_object(bench: Bench) -> None:
                 tasks.cancel_scope.cancel()
                 proxy.release()  # the emulator serves one connection after the other
     assert bench.server.names(bench.bucket) == []
+    (ended,) = proxy.requests("DELETE", query="upload_id=")
+    assert ended.query == proxy.requests("PUT", query="upload_id=")[0].query
 
 
 async def test_an_existing_target_a_missing_bucket_and_missing_credentials_are_told(bench: Bench) -> None:
