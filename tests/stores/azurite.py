@@ -12,8 +12,10 @@ import datetime
 import hashlib
 import hmac
 import http.client
+import json
 import shutil
 import ssl
+import time
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,12 +25,14 @@ from urllib.parse import quote
 
 from stages.store.azure_access import AzureAccess
 from tests.stores.install import azurite
-from tests.stores.process import Command, ProcessIdentity, ServerProcess, fresh_folder, kept_ports, locked
+from tests.stores.process import Command, ProcessIdentity, ServerError, ServerProcess, fresh_folder, kept_ports, locked
 from tests.stores.tls import make_certificate
 
 ACCOUNT = "devstoreaccount1"
 # The emulator's own, as published in its documentation; nobody's secret.
 KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+# It saves every 5 s.
+_SAVE_DEADLINE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +157,20 @@ class Azurite:
     def kill(self) -> None:
         """End the server at once."""
         self._process.kill()
+
+    def wait_until_saved(self, count: int) -> None:
+        """Wait until this many bytes of blocks that nobody committed would outlive a kill; blocks for up to 5 s."""
+        ends = time.monotonic() + _SAVE_DEADLINE_S
+        while min(self._saved("blob", "BLOCKS"), self._saved("blob_extent", "EXTENTS")) < count:
+            if time.monotonic() > ends:
+                raise ServerError(f"{count} bytes of blocks were not saved in {_SAVE_DEADLINE_S:.0f} s")
+            time.sleep(0.1)
+
+    def _saved(self, database: str, collection: str) -> int:
+        """What the rows of a collection say of their sizes, together; as the last save left it."""
+        told = json.loads((self.folder / "data" / f"__azurite_db_{database}__.json").read_text())
+        rows = next(one["data"] for one in told["collections"] if one["name"] == f"${collection}_COLLECTION$")
+        return sum(row["size"] for row in rows)
 
     def __enter__(self) -> Self:
         self.start()

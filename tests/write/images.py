@@ -38,6 +38,26 @@ class QuickClock:
         await anyio.lowlevel.checkpoint()
 
 
+class PatientClock(QuickClock):
+    """A clock for a server that is away: whoever sleeps is woken when it is back.
+
+    Attributes:
+        sleeps: set when somebody sleeps.
+        back: to be set when the server is there again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sleeps = anyio.Event()
+        self.back = anyio.Event()
+
+    async def sleep(self, seconds: float) -> None:
+        """Be there when the server is."""
+        self.sleeps.set()
+        await self.back.wait()
+        await super().sleep(seconds)
+
+
 @dataclass
 class Image:
     """An image and how it is cut: (length, is data) from the start of the body, and a head that comes last."""

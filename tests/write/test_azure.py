@@ -32,7 +32,7 @@ from pipeline.flow.engine import Outcome
 from pipeline.flow.items import Receipt, StoredImage
 from pipeline.flow.orders import Order
 from pipeline.flow.retry import RetryPolicy
-from pipeline.flow.stage import Clock, RealClock, SinkRequest
+from pipeline.flow.stage import Clock, SinkRequest
 from pipeline.units import MiB
 from stages.store.azure import AzureClient, AzureUrl
 from stages.write.azure_block import AzureBlockWriter, Options
@@ -45,7 +45,7 @@ from tests.end_to_end.places import unused_name
 from tests.stores.azurite import ACCOUNT, AzureServer, Azurite
 from tests.stores.faults import FlipRequest, LoseReply, Nth, Reply, ResetRequest, Rule, Stall, StallRequest
 from tests.stores.proxy import FaultProxy
-from tests.write.images import Collected, Image, ImageReplay, QuickClock, make_context, mixed
+from tests.write.images import Collected, Image, ImageReplay, PatientClock, QuickClock, make_context, mixed
 
 NAME = "images/web 01+ä.vhd"
 LETTERS = "AB0-A" + "-" * 9 + "C0" + "DEF" * 4
@@ -450,16 +450,29 @@ async def test_page_blob_of_a_cancelled_run_is_removed_and_of_a_killed_one_is_li
     assert bench.left == []
 
 
-async def test_emulator_that_is_restarted_gets_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It forgets the container when it is killed, so the line is cut instead while it is away."""
+async def test_emulator_that_is_killed_in_the_middle_of_a_block_and_comes_back_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Azurite() as azurite:
-        bench = Bench(azurite.server, tmp_path, monkeypatch)
-        image = mixed(30 * MiB)
-        rules = [Rule(ResetRequest(after_bytes=0), method="PUT", query="comp=block&", when=Nth(2))]
-        async with FaultProxy(azurite.server.port, rules=rules) as proxy:
+        bench, image, clock = Bench(azurite.server, tmp_path, monkeypatch), mixed(30 * MiB), PatientClock()
+        third = Rule(StallRequest(after_bytes=MiB), method="PUT", query="comp=block&", when=Nth(3))
+        async with FaultProxy(azurite.server.port, rules=[third]) as proxy:
             bench.reach(azurite.server.reached_at(proxy.url))
-            await bench.store(image, clock=RealClock())
+            with anyio.fail_after(90):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(partial(bench.store, image, clock=clock, parts_in_flight=1))
+                    await proxy.until(lambda: any(seen.is_stalled for seen in proxy.seen))
+                    before = [seen for seen in proxy.requests("PUT", query="comp=block&") if seen.status == 201]
+                    acknowledged = sum(seen.body_bytes for seen in before)
+                    await anyio.to_thread.run_sync(azurite.wait_until_saved, acknowledged)
+                    await anyio.to_thread.run_sync(azurite.kill)
+                    await clock.sleeps.wait()
+                    await anyio.to_thread.run_sync(azurite.start)
+                    clock.back.set()
+            after = proxy.requests("PUT", query="comp=block&")[len(before) + 1 :]
         assert [event for event in bench.events if isinstance(event, RetryScheduled)]
+        assert len(before) == 2
+        assert acknowledged + sum(seen.body_bytes for seen in after) == image.size, "no block is sent twice"
         assert azurite.server.get(bench.container, NAME) == image.data
 
 

@@ -43,7 +43,7 @@ from tests.stores.proxy import FaultProxy
 from tests.stores.s3 import S3Server
 from tests.stores.seaweedfs import SeaweedFs
 from tests.stores.tls import make_certificate
-from tests.write.images import Collected, QuickClock, make_context, mixed
+from tests.write.images import Collected, PatientClock, make_context, mixed
 
 NAME = "images/web 01+ä.img"
 LETTERS = "AB0-A" + "-" * 9 + "C0" + "DEF" * 6
@@ -389,24 +389,10 @@ async def test_wrong_hmac_key_is_refused_in_planning_with_its_source(seaweedfs: 
     assert seaweedfs.keys(bench.bucket) == []
 
 
-class Patient(QuickClock):
-    """A clock whose sleeps end when the server is back."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sleeps, self.back = anyio.Event(), anyio.Event()
-
-    async def sleep(self, seconds: float) -> None:
-        """Until `back` is set."""
-        self.sleeps.set()
-        await self.back.wait()
-        await super().sleep(seconds)
-
-
 async def test_server_that_is_killed_in_the_middle_of_a_part_and_comes_back_loses_nothing(
     own_seaweedfs: SeaweedFs, bench: Bench
 ) -> None:
-    server, image, clock, outlet = own_seaweedfs.server, mixed(30 * MiB), Patient(), Collected()
+    server, image, clock, outlet = own_seaweedfs.server, mixed(30 * MiB), PatientClock(), Collected()
     bench.bucket = server.new_bucket()
     bench.monkeypatch.setenv("GS_ACCESS_KEY_ID", server.credentials.access_key)
     bench.monkeypatch.setenv("GS_SECRET_ACCESS_KEY", server.credentials.secret_key)
