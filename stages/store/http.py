@@ -95,7 +95,7 @@ REPLY_MAX = MiB
 class HttpClient:
     """Connections to one origin. Made and used on one event loop; `close` it in the end.
 
-    Proxies are taken from the environment (`https_proxy`, `no_proxy` ...). Redirects are never followed.
+    HTTP proxies are taken from the environment (`https_proxy`, `no_proxy` ...). Redirects are never followed.
     """
 
     def __init__(
@@ -117,6 +117,7 @@ class HttpClient:
             on_alive: called whenever the server gives a sign of life.
         Raises:
             PlanError: the CA file can't be used.
+            StoreError: the environment names what is no proxy.
         """
         self.origin = origin
         self._timeouts = timeouts or Timeouts()
@@ -239,6 +240,27 @@ class HttpClient:
                 operation=operation,
                 endpoint=self.origin,
                 hint=f"Check {self._told_by}: host name, port, and https or http.",
+            )
+        if isinstance(error, aiohttp.ClientHttpProxyError):  # its status is not the store's
+            hint = "Name the store in no_proxy, or have the proxy let it through."
+            if error.status == 407:
+                hint = "Set https_proxy=http://USER:PASSWORD@HOST:PORT, with what is special in them as %XX."
+            return StoreError(
+                f"the proxy answered {error.status} {error.message}".rstrip(),
+                temporary=error.status == 429 or error.status >= 500,
+                operation=operation,
+                endpoint=self.origin,
+                proxy=_place(self._proxy),
+                hint=hint,
+            )
+        if isinstance(error, aiohttp.ClientProxyConnectionError):
+            return StoreError(
+                f"can't connect to the proxy: {_reason(error)}",
+                temporary=True,
+                operation=operation,
+                endpoint=self.origin,
+                proxy=_place(self._proxy),
+                hint="Check https_proxy and http_proxy, or name the store in no_proxy.",
             )
         if isinstance(error, (aiohttp.ConnectionTimeoutError, aiohttp.ClientConnectorError)):
             reason = "no connection in time" if isinstance(error, TimeoutError) else _reason(error)
@@ -415,4 +437,25 @@ def _proxy_for(origin: str) -> str | None:
     parts = urlsplit(origin)
     if urllib.request.proxy_bypass(parts.netloc):
         return None
-    return urllib.request.getproxies().get(parts.scheme)
+    told = urllib.request.getproxies().get(parts.scheme)
+    if not told:
+        return None
+    proxy = told if "://" in told else f"http://{told}"  # as curl and wget take it
+    try:
+        where = urlsplit(proxy)
+        is_usable = where.scheme in ("http", "https") and bool(where.hostname) and where.port != 0
+    except ValueError:
+        is_usable = False
+    if not is_usable:  # its value is not shown: it may hold a password
+        raise StoreError(
+            f"what {parts.scheme}_proxy says is not the URL of an HTTP proxy",
+            operation="connect",
+            endpoint=origin,
+            hint=f"Write {parts.scheme}_proxy=http://HOST:PORT, or name the store in no_proxy.",
+        )
+    return proxy
+
+
+def _place(proxy: str | None) -> str:
+    """Host and port, without user and password."""
+    return urlsplit(proxy or "").netloc.rpartition("@")[2]

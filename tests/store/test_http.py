@@ -1,11 +1,18 @@
-"""Nothing waits for ever: name lookup, connecting, sending, waiting for a reply and reading it all have an end."""
+"""Nothing waits for ever: name lookup, connecting, sending, waiting for a reply and reading it all have an end.
+
+And what goes through a proxy.
+"""
 
 from __future__ import annotations
 
+import base64
+import random
 import socket
 import threading
+import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import anyio
 import anyio.abc
@@ -13,8 +20,11 @@ import pytest
 
 from pipeline.errors import StoreError
 from pipeline.units import MiB
-from stages.store.http import HttpClient, Timeouts
+from stages.store.http import BytesBody, HttpClient, Timeouts
+from tests.stores.nginx import WebServer
 from tests.stores.process import free_ports
+from tests.stores.tls import make_certificate
+from tests.stores.tunnel import TunnelProxy
 
 QUICK = Timeouts(connect_s=0.3, progress_s=0.3, floor_bytes_per_s=1e6, reply_s=0.6)
 
@@ -178,3 +188,108 @@ async def test_where_nothing_listens_is_told_at_once() -> None:
     with pytest.raises(StoreError) as caught:
         await ask(f"http://127.0.0.1:{free_ports(1)[0]}")
     check(caught.value, "can't connect")
+
+
+# ---- proxies -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lead(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Sets the proxy that the environment names."""
+    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    return lambda proxy: monkeypatch.setenv("https_proxy", proxy)
+
+
+async def there_and_back(web: WebServer, *, ca_file: Path | None = None) -> None:
+    """A file goes to the server by name, over TLS, and comes back the same."""
+    name, sent = f"open/tunnel-{uuid.uuid4().hex}", random.Random(1).randbytes(8 * MiB)
+    origin = f"https://localhost:{web.tls_port}"
+    client = HttpClient(origin, connections=1, ca_file=ca_file or web.ca_file)
+    try:
+        with anyio.fail_after(30):
+            reply = await client.request("PUT", f"{origin}/{name}", {}, BytesBody(sent), operation="put")
+            assert reply.status == 201
+            reply = await client.request("GET", f"{origin}/{name}", {}, operation="get", reply_max=8 * MiB)
+    finally:
+        await client.close()
+    assert reply.body == sent == (web.data / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "form", ["http://127.0.0.1:{port}", "127.0.0.1:{port}", "http://web%2001:it%27s@127.0.0.1:{port}"]
+)
+async def test_bytes_go_through_the_tunnel_of_a_proxy_both_ways(
+    web_server: WebServer, lead: Callable[[str], None], form: str
+) -> None:
+    async with TunnelProxy(web_server.tls_port) as proxy:
+        lead(form.format(port=proxy.port))
+        await there_and_back(web_server)
+        (tunnel,) = proxy.tunnels
+    assert tunnel.target == f"localhost:{web_server.tls_port}", "the proxy looks the name up"
+    assert min(tunnel.up_bytes, tunnel.down_bytes) > 8 * MiB
+    said = base64.b64encode(b"web 01:it's").decode()
+    assert tunnel.authorization == (f"Basic {said}" if "@" in form else "")
+
+
+async def test_server_in_no_proxy_is_reached_without_it(
+    web_server: WebServer, lead: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "localhost")
+    async with TunnelProxy(web_server.tls_port) as proxy:
+        lead(proxy.url)
+        await there_and_back(web_server)
+        assert proxy.tunnels == []
+
+
+async def test_store_at_the_end_of_a_tunnel_has_to_be_trusted_too(
+    web_server: WebServer, lead: Callable[[str], None], tmp_path: Path
+) -> None:
+    async with TunnelProxy(web_server.tls_port) as proxy:
+        lead(proxy.url)
+        with pytest.raises(StoreError, match="certificate of the store is not trusted"):
+            await there_and_back(web_server, ca_file=make_certificate(tmp_path / "stranger").ca)
+        assert len(proxy.tunnels) == 1
+
+
+@pytest.mark.parametrize(
+    "refusal, hint, is_temporary",
+    [
+        ("407 Proxy Authentication Required", "USER:PASSWORD", False),
+        ("403 Forbidden", "no_proxy", False),
+        ("503 Service Unavailable", "no_proxy", True),
+    ],
+)
+async def test_proxy_that_refuses_is_told_from_the_store(
+    web_server: WebServer, lead: Callable[[str], None], refusal: str, hint: str, is_temporary: bool
+) -> None:
+    async with TunnelProxy(web_server.tls_port, refusal=refusal) as proxy:
+        lead(proxy.url.replace("://", "://writer:hunter2@"))
+        with pytest.raises(StoreError, match=f"the proxy answered {refusal}") as caught:
+            await there_and_back(web_server)
+    assert caught.value.temporary == is_temporary
+    assert caught.value.status is None, "it is not the store's"
+    assert hint in caught.value.hint
+    assert "hunter2" not in str(caught.value) + caught.value.hint
+
+
+async def test_proxy_where_nothing_listens_is_told_from_the_store(
+    web_server: WebServer, lead: Callable[[str], None]
+) -> None:
+    port = free_ports(1)[0]
+    lead(f"http://writer:hunter2@127.0.0.1:{port}")
+    with pytest.raises(StoreError) as caught:
+        await there_and_back(web_server)
+    check(caught.value, "can't connect to the proxy")
+    assert f"127.0.0.1:{port}" in str(caught.value)
+    assert "hunter2" not in str(caught.value) + caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "wrong", ["socks5://writer:hunter2@127.0.0.1:1080", "http://writer:hunter2@", "http://a:hunter2"]
+)
+def test_what_is_no_proxy_is_told_without_its_password(lead: Callable[[str], None], wrong: str) -> None:
+    lead(wrong)
+    with pytest.raises(StoreError, match="https_proxy") as caught:
+        HttpClient("https://store.test", connections=1)
+    assert "hunter2" not in str(caught.value) + caught.value.hint
