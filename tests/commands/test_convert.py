@@ -25,6 +25,8 @@ from stages.catalog import CATALOG
 from tests.commands.conftest import Said
 from tests.decode.images import mixed_disk, run
 from tests.end_to_end.command import PROGRAM
+from tests.end_to_end.places import unused_name
+from tests.stores.azurite import AzureServer
 from tests.stores.nbd import NbdServer
 from tests.stores.nginx import WebServer
 from tests.stores.openssh import SftpServer
@@ -157,7 +159,9 @@ def test_from_and_to_a_store(
     seaweedfs.delete_bucket(bucket)
 
 
-@pytest.mark.parametrize("scheme", ["file", "sftp", "http", "dav", "davs", "nbd", "nbd+unix"])
+@pytest.mark.parametrize(
+    "scheme", ["file", "sftp", "http", "dav", "davs", "az", "gs", "nbd", "nbds", "nbd+unix", "nbds+unix"]
+)
 def test_to_and_from_every_scheme(
     request: pytest.FixtureRequest,
     convert: Convert,
@@ -185,9 +189,21 @@ def test_to_and_from_every_scheme(
             folder = "plain" if scheme == "http" else "open"
             url = web.url(f"{folder}/convert-{tmp_path.name}.image", scheme=scheme)
             trusted = ("--ca-file", str(web.ca_file)) if scheme == "davs" else ()
+        elif scheme == "az":
+            azure: AzureServer = request.getfixturevalue("azure_server")
+            for name, value in azure.environment().items():
+                monkeypatch.setenv(name, value)
+            url = f"az://{azure.create_container(unused_name())}/convert.image"
+        elif scheme == "gs":
+            store: S3Server = request.getfixturevalue("seaweedfs")
+            monkeypatch.setenv("STORAGE_EMULATOR_HOST", store.endpoint)
+            monkeypatch.setenv("GS_ACCESS_KEY_ID", store.credentials.access_key)
+            monkeypatch.setenv("GS_SECRET_ACCESS_KEY", store.credentials.secret_key)
+            url = f"gs://{store.new_bucket()}/convert.image"
         else:
             where: Literal["port", "socket"] = "socket" if "unix" in scheme else "port"
-            url = stack.enter_context(NbdServer("nbdkit", "memory", "5M", on=where)).url()
+            with_tls = scheme.startswith("nbds")
+            url = stack.enter_context(NbdServer("nbdkit", "memory", "5M", on=where, with_tls=with_tls)).url()
             asked = ("-O", "raw")
         assert url.startswith(f"{scheme}://")
         said = convert(*asked, *trusted, sources["qcow2"], url)
@@ -198,7 +214,7 @@ def test_to_and_from_every_scheme(
         same(sources["raw"], "raw", tmp_path / "back.raw", "raw")
         seen = ask("inspect", "-f", asked[1], *trusted, url)
         assert seen.code == 0, seen.err
-        if scheme in ("davs", "nbd"):  # one that needs an authority, and one in place: the rest is read as by inspect
+        if scheme not in ("file", "http", "dav"):  # what needs an authority, a key or an account, and disks in place
             there, here = (
                 ask("preflight", "-f", format, *more, place)
                 for format, more, place in ((asked[1], trusted, url), ("raw", (), sources["raw"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +20,15 @@ from stages.preflight.findings import Finding
 from stages.preflight.opening import Wanted, open_subject
 from stages.preflight.rules import judge
 from tests.disk.making import blank, need, needs_root, run
+from tests.end_to_end.places import unused_name
 from tests.preflight import systems
 from tests.preflight.disks import findings_of, subject_of, target_of
 from tests.preflight.images import write_disk, write_efi_disk, write_tree
 from tests.preflight.systems import grub_cfg
 from tests.preflight.trees import Content, Made, MadeView, changed, link
+from tests.stores.azurite import AzureServer
+from tests.stores.openssh import SftpServer
+from tests.stores.s3 import S3Server
 
 # What a mounted system can't be asked, and what differs because the tree lies on another filesystem.
 MODE_MATTERS = {"fs.clean", "live.risk", "fs.free"}
@@ -115,6 +120,47 @@ def test_an_image_of_any_format_is_looked_into(good: tuple[Path, Path], tmp_path
     image = tmp_path / f"disk.{format}"
     run("qemu-img", "convert", "-O", format, good[1], image)
     assert call(image, "--profile", "tencent")[0] == 0
+
+
+@needs_root
+@pytest.mark.parametrize("scheme", ["s3", "az", "gs", "sftp"])
+def test_an_image_in_any_store_gives_the_findings_of_the_file(
+    request: pytest.FixtureRequest,
+    good: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    scheme: str,
+) -> None:
+    need("qemu-img")
+    image = tmp_path / "disk.qcow2"
+    run("qemu-img", "convert", "-c", "-O", "qcow2", good[1], image)
+    if scheme == "sftp":
+        ssh: SftpServer = request.getfixturevalue("sftp_server")
+        home = tmp_path / "home"
+        (home / ".ssh").mkdir(parents=True)
+        shutil.copy(ssh.identity, home / ".ssh/id_ed25519")
+        shutil.copy(ssh.known_hosts, home / ".ssh/known_hosts")
+        shutil.copy(image, ssh.data / f"{tmp_path.name}.qcow2")
+        url, environment = ssh.url(f"{tmp_path.name}.qcow2"), {"HOME": str(home)}
+    elif scheme == "az":
+        azure: AzureServer = request.getfixturevalue("azure_server")
+        container = azure.create_container(unused_name())
+        azure.put(container, "disk.qcow2", image.read_bytes())
+        url, environment = f"az://{container}/disk.qcow2", azure.environment()
+    else:
+        store: S3Server = request.getfixturevalue("seaweedfs")
+        bucket = store.new_bucket()
+        store.put(bucket, "disk.qcow2", image.read_bytes())
+        url, environment = f"{scheme}://{bucket}/disk.qcow2", store.environment()
+        if scheme == "gs":
+            key, secret = store.credentials.access_key, store.credentials.secret_key
+            environment = {"GS_ACCESS_KEY_ID": key, "GS_SECRET_ACCESS_KEY": secret}
+            environment["STORAGE_EMULATOR_HOST"] = store.endpoint
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    words = ("--profile", "tencent", "--all")
+    here, there = call(image, *words), call(url, *words)
+    assert there == (0, here[1].replace(str(image), url), "")
 
 
 @needs_root
