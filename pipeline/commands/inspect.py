@@ -11,7 +11,7 @@ import click
 
 from pipeline.commands.console import Console, ca_file_option, run_async, until_interrupted, verb
 from pipeline.config.options import without_secrets
-from pipeline.errors import EXIT_DIFFERS, EXIT_OK, FormatError, PipelineError
+from pipeline.errors import EXIT_DIFFERS, EXIT_OK
 from pipeline.units import format_exact, format_size
 
 if TYPE_CHECKING:
@@ -34,14 +34,18 @@ _FINDINGS_SHOWN = 20
     "--extent", "extents", multiple=True, metavar="FILE", help="A VMDK's other file; in the order of its descriptor."
 )
 @click.option("--member", default="", metavar="NAME", help="The disk inside of an OVA that has several.")
+@click.option("--backing", multiple=True, metavar="FILE", help="What a qcow2 overlay lies on, the next below it first.")
+@click.option("--backing-format", default="auto", metavar="FMT", help="Of the --backing images.")
 @click.option("--endpoint", default="", metavar="URL", help="Of an S3-compatible store.")
 @ca_file_option
 @verb
 def command(console: Console, image: str, deep: bool, with_map: bool, **named: Any) -> int:
     """Look at an image by ranges, without fetching it: what it is, every invariant of its format, what it stores.
 
-    Exits 0 when it is in order (leaks only waste space: 0, with a warning), 3 when it is corrupt, 1 when it could not
-    be checked: it can't be read, or uses what is not read here.
+    Of a qcow2 overlay the file itself is checked, and with --backing the map is that of the whole chain.
+
+    Exits 0 when it is in order (leaks only waste space: 0, with a warning), 3 when it is corrupt, 2 when it uses what
+    is not read here or a file was not named, 1 when it can't be read.
     """
     from stages.decode.named import NamedImage
 
@@ -57,24 +61,20 @@ async def _inspect(console: Console, wanted: NamedImage, deep: bool, with_map: b
 async def _look(console: Console, wanted: NamedImage, deep: bool, with_map: bool) -> int:
     from stages.decode.check.checking import check
     from stages.decode.named import open_files
-    from stages.decode.refusal import UnsupportedError
 
-    opened = False
-    try:
-        async with open_files(wanted) as files:
-            opened = True
-            reader, inner = await files.open_packed()
-            report = await check(reader, inner, deep=deep, extents=files.extents or None, member=wanted.member)
-            _tell(console, files, report, quietly=with_map and console.as_json)
-            if with_map and (report.verdict != "corrupt" or report.is_complete):
-                await _tell_map(console, files)
-    except FormatError as error:
-        if opened and not isinstance(error, UnsupportedError):
-            raise
-        # Nothing was found out about the image: that is not "corrupt".
-        raise PipelineError(
-            error.message, operation=error.operation, hint=error.hint or "Say with -f what it is.", **error.context
-        ) from None
+    async with open_files(wanted) as files:
+        reader, inner = await files.open_packed()
+        report = await check(
+            reader,
+            inner,
+            deep=deep,
+            extents=files.extents or None,
+            member=wanted.member,
+            is_overlay=files.backing is not None,
+        )
+        _tell(console, files, report, quietly=with_map and console.as_json)
+        if with_map and (report.verdict != "corrupt" or report.is_complete):
+            await _tell_map(console, files)
     return EXIT_DIFFERS if report.verdict == "corrupt" else EXIT_OK
 
 
@@ -178,7 +178,7 @@ def _as_qemu(place: Place) -> dict[str, Any]:
     told: dict[str, Any] = {
         "start": place.offset,
         "length": place.length,
-        "depth": 0,
+        "depth": place.depth,
         "present": place.kind != "hole",
         "zero": place.kind in ("zero", "hole"),
         "data": place.kind in ("data", "packed"),

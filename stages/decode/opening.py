@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from pipeline.errors import FormatError
 from pipeline.flow.items import RangeReader
 from stages.compress.index import FrameIndex
 from stages.decode.framed import CODECS, open_framed
@@ -14,6 +13,7 @@ from stages.decode.ova import open_ova
 from stages.decode.overlay import OverlayImage
 from stages.decode.qcow2 import open_qcow2
 from stages.decode.raw import open_raw
+from stages.decode.refusal import UnsupportedError, misnamed
 from stages.decode.vhd import open_vhd
 from stages.decode.vhdx import open_vhdx
 from stages.decode.vmdk import Extents, open_vmdk
@@ -67,21 +67,24 @@ async def open_image(
     format = ALIASES.get(format, format)
     opener = _OPENERS.get(format)
     if opener is None:
-        raise FormatError(
+        raise UnsupportedError(
             f"images of the format {format} can't be read", operation="open", hint=f"Known are: {', '.join(FORMATS)}."
         )
-    if extents and format != "vmdk":
-        raise FormatError(f"a {format} image has no extents", operation="open", hint="Leave the extents out.")
-    if member and format != "ova":
-        raise FormatError(f"a {format} image has no members", operation="open", hint="Leave the member out.")
+    check_named(format, extents=extents, member=member, is_overlay=backing is not None)
     if backing is not None:
-        if format != "qcow2":
-            raise FormatError(
-                f"a {format} image is not read with a backing image", operation="open", hint="Leave it out."
-            )
         return OverlayImage(await open_qcow2(reader, strict=strict, is_overlay=True), backing)
     more = {"extents": extents} if extents else {"member": member} if member else {}
     return await opener(reader, strict=strict, **more)
+
+
+def check_named(format: str, *, extents: Extents | None, member: str, is_overlay: bool) -> None:
+    """Refuse other files than the format has. Raises UnsupportedError."""
+    if extents and format != "vmdk":
+        raise misnamed(format, f"a {format} image has no extents", hint="Leave the extents out.")
+    if member and format != "ova":
+        raise misnamed(format, f"a {format} image has no members", hint="Leave the member out.")
+    if is_overlay and format != "qcow2":
+        raise misnamed(format, f"a {format} image is not read with a backing image")
 
 
 def is_known(format: str) -> bool:

@@ -9,9 +9,10 @@ cluster reads from the backing file, and as zero behind its end.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stages.decode.image import DecodedImage, Extent, Fetched
+from stages.decode.places import Place, tiled
 from stages.decode.qcow2 import Qcow2Image
 
 
@@ -68,6 +69,19 @@ class OverlayImage:
         made = bytearray(length)
         self.decode(await self.fetch(offset, length), memoryview(made))
         return bytes(made)
+
+    async def places(self, offset: int, length: int) -> AsyncIterator[Place]:
+        """What each image of the chain says; what none has belongs to the lowest one that reaches so far."""
+        async for place in tiled(self._upper, offset, length):
+            if place.kind != "hole":
+                yield place
+                continue
+            middle = self._covered(place.offset, place.end)
+            if place.offset < middle:
+                async for below in tiled(self._lower, place.offset, middle - place.offset):
+                    yield replace(below, depth=below.depth + 1)
+            if middle < place.end:
+                yield Place(middle, place.end - middle, "hole")
 
     async def _told(self, offset: int, length: int) -> AsyncIterator[tuple[int, int, bool | None]]:
         """Tile the range as (start, stop, whether the upper image has zeros there); None: it says nothing."""

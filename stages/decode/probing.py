@@ -15,6 +15,7 @@ from pipeline.flow.items import RangeReader
 from pipeline.units import KiB
 from stages.decode import vhd, vhdx, vmdk
 from stages.decode.gce import DISK
+from stages.decode.refusal import UnsupportedError
 from stages.decode.tar import RECORD, has_checksum, walk
 from stages.decode.unpacked import GZIP_MAGIC, UnpackedStream
 from stages.decode.vmdk_descriptor import FIRST_LINE
@@ -81,7 +82,8 @@ async def probe(reader: RangeReader, *, name_hint: str = "", is_block_device: bo
         name_hint: of the file or object. Only settles what the bytes leave open; it never makes a format.
         is_block_device: the reader is one: the answer is raw, and nothing is read.
     Raises:
-        FormatError: an image of a kind that is not read here, or one that its name and its bytes disagree about.
+        UnsupportedError: an image of a kind that is not read here, or one that its name and its bytes disagree about.
+        FormatError: an archive or a packed stream is damaged at its begin.
         StoreError: it can't be read.
     """
     if is_block_device:
@@ -138,8 +140,13 @@ async def _probe_packed(reader: RangeReader, codec: str, name: str) -> Probe:
     try:
         # Shorter ones than a record are no disk.
         head = await stream.read(0, RECORD)
-    except FormatError:
-        raise _unclear(f"this looks like a {codec} stream, but does not unpack") from None
+    except FormatError as error:
+        raise FormatError(
+            f"this looks like a {codec} stream, but does not unpack: {error.message}",
+            operation="probe",
+            hint="It is damaged or incomplete: fetch or export it again. If it is a disk as it is, declare raw.",
+            **error.context,
+        ) from None
     if codec == "gzip" and has_checksum(head):
         async with aclosing(walk(stream, "gce")) as members:
             member = await anext(members, None)
@@ -168,6 +175,6 @@ async def _probe_tar(reader: RangeReader) -> Probe:
     raise _unclear("this is a tar archive without the description (.ovf) of an OVA")
 
 
-def _unclear(reason: str, *, hint: str = "") -> FormatError:
+def _unclear(reason: str, *, hint: str = "") -> UnsupportedError:
     usual = "If you know better, declare the format; raw takes the bytes as they are."
-    return FormatError(reason, operation="probe", hint=hint or usual)
+    return UnsupportedError(reason, operation="probe", hint=hint or usual)

@@ -22,13 +22,14 @@ from pipeline.units import MiB
 from stages.decode.compressed import Unpackable, expand_zstd, inflate
 from stages.decode.image import READ_MAX, Extent, Fetched, Stretch, fill, gather, tile
 from stages.decode.places import Place
-from stages.decode.refusal import unsupported
+from stages.decode.refusal import misnamed, unsupported
 
 _MAGIC = b"QFI\xfb"
 _V2_HEADER = 72
 _V3_HEADER_MIN = 104
 _COMPRESSION_TYPE_AT = 104
 _CLUSTER_BITS = range(9, 22)
+_NAME_MAX = 1023
 _L1_BYTES_MAX = 32 * MiB  # as in QEMU; 2 EiB with the largest clusters
 
 _DIRTY, _CORRUPT, _DATA_FILE, _COMPRESSION_TYPE, _EXTENDED_L2 = (1 << bit for bit in range(5))
@@ -62,6 +63,7 @@ class Header:
     compression: str
     is_dirty: bool
     snapshots: int
+    is_overlay: bool
 
     @property
     def cluster(self) -> int:
@@ -261,20 +263,23 @@ class Qcow2Image:
         return at, min(end, self._reader.size) - at
 
 
-async def open_qcow2(reader: RangeReader, *, strict: bool = False, is_overlay: bool = False) -> Qcow2Image:
+async def open_qcow2(
+    reader: RangeReader, *, strict: bool = False, is_overlay: bool = False, is_alone: bool = False
+) -> Qcow2Image:
     """Read and check header and L1 table.
 
     Args:
         strict: refuse what our own encoder never writes: snapshots, a dirty bit, deflate windows above 4 KiB, clusters
             not used exactly once, a length that is not whole clusters.
         is_overlay: the caller has the backing image, and reads what this one does not hold from it (`OverlayImage`).
+        is_alone: only this file is looked at, be it an overlay or not. What it does not hold reads as zero.
     Raises:
         FormatError: not qcow2, damaged, hostile, or using a feature that is not read here.
         StoreError: it can't be read.
     """
     if reader.size < _V2_HEADER:
         raise _corrupt(f"{reader.size} bytes are too few for a qcow2 header", 0)
-    header = _parse(await reader.read(0, min(reader.size, 512)), reader.size, is_overlay=is_overlay)
+    header = _parse(await reader.read(0, min(reader.size, 512)), reader.size, is_overlay=is_overlay, is_alone=is_alone)
     if strict:
         _be_strict(header, reader.size)
     l1 = bytearray(header.l1_needed * 8)
@@ -284,21 +289,23 @@ async def open_qcow2(reader: RangeReader, *, strict: bool = False, is_overlay: b
     return Qcow2Image(reader, header, l1, strict=strict)
 
 
-def _parse(raw: bytes, image_size: int, *, is_overlay: bool) -> Header:
+def _parse(raw: bytes, image_size: int, *, is_overlay: bool, is_alone: bool) -> Header:
     if raw[:4] != _MAGIC:
         raise _corrupt(f"the image does not begin like a qcow2 image but with {raw[:4].hex(' ')}", 0)
-    version, backing, _, cluster_bits, size, crypt, l1_entries, l1_offset = struct.unpack_from(">IQIIQIIQ", raw, 4)
+    version, backing, named, cluster_bits, size, crypt, l1_entries, l1_offset = struct.unpack_from(">IQIIQIIQ", raw, 4)
     (snapshots,) = struct.unpack_from(">I", raw, 60)
     if version not in (2, 3):
         raise _unsupported(f"qcow2 version {version}", 4)
     if cluster_bits not in _CLUSTER_BITS:
         raise _corrupt(f"clusters of 2^{cluster_bits} bytes are not possible", 20)
     incompatible, compression = _parse_v3(raw, cluster_bits) if version == 3 else (0, "zlib")
-    if backing and not is_overlay:
+    if backing and (named > _NAME_MAX or backing + named > 1 << cluster_bits):
+        raise _corrupt(f"the name of its backing file ({named} bytes) can't be at {backing}", 8)
+    if backing and not (is_overlay or is_alone):
         hint = "Name it yourself (backing = [...], --backing FILE); the name inside the image is never opened."
         raise _unsupported("a backing file", 8, hint)
     if is_overlay and not backing:
-        raise _corrupt("a backing image was named for an image that has none", 8, hint="Leave it out.")
+        raise misnamed("qcow2", "a backing image was named for an image that has none")
     if crypt:
         raise _unsupported("encryption", 32, "Decrypt it first, or read the disk inside the guest.")
     header = Header(
@@ -310,6 +317,7 @@ def _parse(raw: bytes, image_size: int, *, is_overlay: bool) -> Header:
         compression=compression,
         is_dirty=bool(incompatible & _DIRTY),
         snapshots=snapshots,
+        is_overlay=bool(backing),
     )
     _check_tables(header, image_size)
     return header
@@ -331,7 +339,9 @@ def _parse_v3(raw: bytes, cluster_bits: int) -> tuple[int, str]:
     if incompatible & _DATA_FILE:
         raise _unsupported("an external data file", 72, 'Join both first: "qemu-img convert" writes one image.')
     if incompatible & _EXTENDED_L2:
-        raise _unsupported("subclusters (extended L2 entries)", 72, 'Convert it with "-o extended_l2=off".')
+        raise _unsupported(
+            "subclusters (extended L2 entries)", 72, "Convert it first: qemu-img convert -O qcow2 -o extended_l2=off."
+        )
     kind = 0
     if header_length > _COMPRESSION_TYPE_AT:
         if len(raw) <= _COMPRESSION_TYPE_AT:

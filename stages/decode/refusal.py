@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from pipeline.errors import FormatError
+from pipeline.errors import EXIT_CONFIG, FormatError
 
 _DAMAGED = "The image is damaged, incomplete or made to mislead. Fetch or export it again."
 
 
 class UnsupportedError(FormatError):
-    """The image may be in order, but uses a feature that is not read here."""
+    """The image may be in order, but uses a feature that is not read here, or was not named as it has to be.
+
+    Exits as a plan that does not work: nothing was found out about the image.
+    """
+
+    exit_code = EXIT_CONFIG
 
 
 def corrupt(
@@ -28,3 +33,8 @@ def unsupported(format: str, feature: str, offset: int | None, *, hint: str = ""
         offset=offset,
         hint=hint or 'Convert it with "qemu-img convert" first.',
     )
+
+
+def misnamed(format: str, reason: str, *, hint: str = "Leave it out.") -> UnsupportedError:
+    """An error about what the user named for an image that has no use for it, or did not name."""
+    return UnsupportedError(reason, operation=f"read {format}", hint=hint)

@@ -14,7 +14,13 @@ async def check_structure(files: OpenedFiles) -> StepResult:
     """Check the format. Raises StoreError."""
     try:
         reader, inner = await files.open_packed()
-        report = await check(reader, inner, extents=files.extents or None, member=files.named.member)
+        report = await check(
+            reader,
+            inner,
+            extents=files.extents or None,
+            member=files.named.member,
+            is_overlay=files.backing is not None,
+        )
     except UnsupportedError as error:
         return StepResult(name="structure", state="unknown", summary=error.message, hint=error.hint)
     found = tuple(f"{one.kind}: {one.message}" for one in report.findings[:_FINDINGS_SHOWN])

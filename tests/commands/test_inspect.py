@@ -23,7 +23,7 @@ from tests.stores.s3 import S3Server
 
 Inspect = Callable[..., Said]
 
-CODES = {"corrupt": 3, "leaks": 0, "warning": 0, "refused": 1}
+CODES = {"corrupt": 3, "leaks": 0, "warning": 0, "refused": 2}
 
 
 @pytest.fixture
@@ -92,11 +92,11 @@ def test_what_can_not_be_told_is_not_called_corrupt(inspect: Inspect, tmp_path: 
     assert inspect("nothing-there.qcow2").code == 1
     (tmp_path / "disk.vdi").write_bytes(bytes(64) + b"\x7f\x10\xda\xbe" + bytes(4 * KiB))
     said = inspect("disk.vdi")
-    assert said.code == 1
+    assert said.code == 2
     assert "VDI" in said.err
     (tmp_path / "short.qcow2").write_bytes(b"hello")
     said = inspect("short.qcow2")
-    assert said.code == 1
+    assert said.code == 2
     assert "cut short" in said.err
 
 
@@ -116,6 +116,33 @@ def test_map_of_qcow2_is_the_one_of_qemu_img(inspect: Inspect, tmp_path: Path, a
 def test_map_of_a_raw_disk_is_the_one_of_qemu_img(inspect: Inspect, tmp_path: Path, letters: str) -> None:
     write_disk(tmp_path / "disk.raw", letters)
     assert mapped(inspect("-f", "raw", "disk.raw", "--map", "--json")) == of_qemu("raw", "disk.raw")
+
+
+def test_map_of_a_chain_is_the_one_of_qemu_img(inspect: Inspect, tmp_path: Path) -> None:
+    """Three images, each longer than the one below it, with data, zeros and nothing in each."""
+    (tmp_path / "base.raw").write_bytes(mixed_disk(2 * MiB))
+    below, format = "base.raw", "raw"
+    for number, writes in enumerate((("-P 1 64k 64k", "-z 1M 64k"), ("-P 2 2500k 64k", "-z 0 64k", "-P 3 3900k 8k"))):
+        name = f"{number}.qcow2"
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-b", below, "-F", format, name, f"{3 + number}M")
+        for write in writes:
+            run("qemu-io", "-c", f"write {write}", name)
+        below, format = name, "qcow2"
+    arguments = ("--backing", "0.qcow2", "--backing", "base.raw")
+    assert mapped(inspect("1.qcow2", *arguments, "--map", "--json")) == of_qemu("qcow2", "1.qcow2")
+    assert {one["depth"] for one in of_qemu("qcow2", "1.qcow2")} == {0, 1, 2}
+    said = inspect("1.qcow2", *arguments, "--deep")
+    assert said.code == 0
+    assert "warning" not in said.out + said.err
+
+
+def test_files_that_an_image_has_no_use_for_are_refused(inspect: Inspect, tmp_path: Path) -> None:
+    (tmp_path / "disk.raw").write_bytes(bytes(MiB))
+    run("qemu-img", "create", "-q", "-f", "qcow2", "alone.qcow2", "1M")
+    for arguments in (("--backing", "disk.raw"), ("--extent", "disk.raw"), ("--member", "disk.raw")):
+        said = inspect("alone.qcow2", *arguments)
+        assert said.code == 2, arguments
+        assert "out" in said.err.splitlines()[-1]
 
 
 def mapped(said: Said) -> list[dict[str, Any]]:
@@ -174,7 +201,7 @@ def test_extents_that_were_named_are_checked(inspect: Inspect, tmp_path: Path) -
     (tmp_path / "disk.raw").write_bytes(mixed_disk(2 * MiB))
     run("qemu-img", "convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=monolithicFlat", "disk.raw", "image.vmdk")
     said = inspect("image.vmdk")
-    assert said.code == 1
+    assert said.code == 2
     assert "--extent" in said.err
     assert inspect("image.vmdk", "--extent", "image-flat.vmdk", "--map").code == 0
 
@@ -182,8 +209,12 @@ def test_extents_that_were_named_are_checked(inspect: Inspect, tmp_path: Path) -
 def test_backing_file_named_in_the_image_is_not_opened(inspect: Inspect, tmp_path: Path) -> None:
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "/dev/full", "-F", "raw", "-u", "upper.qcow2", "1M")
     said = inspect("upper.qcow2")
-    assert said.code == 1
-    assert "backing file" in said.err
+    assert said.code == 0, said.err
+    assert "'/dev/full'" in said.out
+    assert "warning: the image lies on a backing file that was not named" in said.out
+    said = inspect("upper.qcow2", "--map")
+    assert said.code == 2
+    assert "--backing FILE" in said.err
 
 
 def test_what_an_image_says_never_acts_on_the_terminal(inspect: Inspect, tmp_path: Path) -> None:

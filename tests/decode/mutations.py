@@ -145,6 +145,10 @@ def _add_extension(image: Patched) -> None:
     struct.pack_into(">II", image.bytes, image.u32(100), 0x12345678, 0x7FFFFFF0)
 
 
+def _name_backing(at: int, length: int) -> Callable[[bytearray], None]:
+    return lambda image: struct.pack_into(">QI", image, 8, at, length)
+
+
 def _repack(image: Patched) -> None:
     """A deflate stream with distances up to 32 KiB in place of the first compressed cluster."""
     letters = bytes(byte & 63 for byte in DISK[: 64 * KiB])
@@ -168,7 +172,9 @@ QCOW2 = [
     Mutation("header", "qcow2", "refcount order 7", be32(96, 7), "corrupt", "2^7 bits", reads=True),
     Mutation("header", "qcow2", "unknown incompatible bit", be64(72, 1 << 5), "refused", "bits 5"),
     Mutation("header", "qcow2", "data file", be64(72, 4), "refused", "external data file"),
-    Mutation("header", "qcow2", "backing file", be64(8, 512), "refused", "backing file"),
+    Mutation("header", "qcow2", "backing file", be64(8, 512), "warning", "backing file"),
+    Mutation("header", "qcow2", "long name of a backing file", _name_backing(512, 1024), "corrupt", "1024 bytes"),
+    Mutation("header", "qcow2", "backing file behind the header's cluster", be64(8, 1 << 20), "corrupt", "can't be at"),
     Mutation("header", "qcow2", "encryption", be32(32, 2), "refused", "encryption"),
     Mutation("header", "qcow2", "compression type without its bit", be32(104, 1 << 24), "corrupt", "contradict"),
     Mutation("header", "qcow2", "extension behind the cluster", q(_add_extension), "corrupt", "extension", reads=True),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from pipeline.errors import FormatError
 from pipeline.flow.items import RangeReader
 from stages.decode.check.report import CheckReport, ImageInfo, Tally
-from stages.decode.opening import ALIASES, FORMATS
+from stages.decode.opening import ALIASES, FORMATS, check_named
+from stages.decode.refusal import UnsupportedError
 from stages.decode.vmdk import Extents
 
 
@@ -19,6 +19,7 @@ async def check(
     strict: bool = False,
     extents: Extents | None = None,
     member: str = "",
+    is_overlay: bool = False,
 ) -> CheckReport:
     """Check every invariant of an image's format.
 
@@ -29,6 +30,7 @@ async def check(
         deep: also read and unpack every stored block, and compare digests where the image has them.
         strict: also what only our own encoders promise: order, no leftovers. Not for images of others.
         extents, member: as in `opening.open_image`.
+        is_overlay: the caller has what a qcow2 image lies on. Only the image itself is checked either way.
     Returns:
         The findings. Damage is a finding, never an error.
     Raises:
@@ -38,10 +40,13 @@ async def check(
     """
     format = ALIASES.get(format, format)
     more: dict[str, object] = {}
-    if format == "vmdk" and extents:
+    check_named(format, extents=extents, member=member, is_overlay=is_overlay)
+    if extents:
         more["extents"] = extents
-    if format == "ova" and member:
+    if member:
         more["member"] = member
+    if is_overlay:
+        more["is_overlay"] = True
     tally = await _checker(format)(reader, deep=deep, strict=strict, **more)
     return tally.report(deep=deep)
 
@@ -87,7 +92,7 @@ def _checker(format: str) -> Callable[..., Awaitable[Tally]]:
         "gce": raw.check_gce,
     }
     if format not in checkers:
-        raise FormatError(
+        raise UnsupportedError(
             f"images of the format {format} can't be checked",
             operation="check",
             hint=f"Known are: {', '.join(FORMATS)}.",
