@@ -5,7 +5,8 @@
     |-- PlanError          wrong for this disk or this target, found before any byte moved exit 2
     |-- SourceError        the disk could not be read, or is not what it said             exit 1
     |-- StoreError         the target refused, failed or can't be reached                 exit 1
-    |-- FormatError        an image is corrupt, hostile or of an unknown kind             exit 3
+    |-- FormatError        an image is corrupt or hostile                                 exit 3
+    |                      (`UnsupportedError`: of a kind that is not read here, or its files were not named: exit 2)
     |-- PreflightError     the image would not boot there, or would not be taken          exit 5
     |-- VerificationError  the stored image is not the disk                               exit 3
     |-- StageError         a stage broke one of the engine's promises                     exit 1

@@ -72,6 +72,8 @@ async def _look(console: Console, wanted: NamedImage, deep: bool, with_map: bool
             member=wanted.member,
             is_overlay=files.backing is not None,
         )
+        if not report.is_complete:
+            await files.refuse_another_format()
         _tell(console, files, report, quietly=with_map and console.as_json)
         if with_map and (report.verdict != "corrupt" or report.is_complete):
             await _tell_map(console, files)

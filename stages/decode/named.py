@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.errors import PlanError, StoreError
+from pipeline.errors import FormatError, PlanError, StoreError
 from pipeline.flow.items import RangeReader
 from pipeline.flow.pacing import RateLimit
 from stages.compress.index import FRAME_INDEX, FrameIndex
@@ -20,6 +20,7 @@ from stages.decode.framed import has_seek_table, open_framed
 from stages.decode.image import DecodedImage
 from stages.decode.opening import ALIASES, FORMATS, is_known, open_image
 from stages.decode.probing import probe
+from stages.decode.refusal import UnsupportedError, misnamed
 from stages.decode.slowed import slowed
 from stages.decode.unpacked import UnpackedStream
 from stages.store.file import local_path
@@ -90,14 +91,41 @@ class OpenedFiles:
     async def open_image(self) -> DecodedImage:
         """Read and check the header. Raises as `opening.open_image`."""
         backing = await self.backing.open_image() if self.backing else None
-        reader, format = await self.open_packed()
-        return await open_image(
-            reader,
-            format,
-            extents=self.extents or None,
-            member=self.named.member,
-            backing=backing,
-        )
+        try:
+            reader, format = await self.open_packed()
+            return await open_image(
+                reader,
+                format,
+                extents=self.extents or None,
+                member=self.named.member,
+                backing=backing,
+            )
+        except UnsupportedError:
+            raise
+        except FormatError:
+            await self.refuse_another_format()
+            raise
+
+    async def refuse_another_format(self) -> None:
+        """Say so where the image could not be read as what it was declared to be, but plainly is something else.
+
+        Only a better message for what failed: a probe never overrules what was declared.
+
+        Raises:
+            UnsupportedError: as another format it would be taken. StoreError: it can't be read.
+        """
+        if self.note:
+            return
+        try:
+            found = await probe(self.reader)
+        except FormatError:
+            return
+        if found.format != self.format and not found.note:
+            raise misnamed(
+                self.format,
+                f"the image was declared as {self.format}, and begins like {found.format}",
+                hint=f"Declare it as {found.format}, or leave the format out.",
+            )
 
 
 @asynccontextmanager

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pipeline.flow.items import RangeReader
 from stages.decode.mapped import Section
 from stages.decode.places import Place
-from stages.decode.refusal import corrupt, unsupported
+from stages.decode.refusal import corrupt, misnamed, unsupported
 from stages.decode.tar import Member, walk
 from stages.decode.vmdk import JoinedVmdk, VmdkImage, open_vmdk
 
@@ -82,7 +82,7 @@ def choose_disk(archive: Archive, member: str) -> Member:
     if member:
         found = next((one for one in disks if one.name == member), None)
         if found is None:
-            raise corrupt("ova", f"the archive has no disk {member!r}", 0, hint=f"It has {names or 'none'}.")
+            raise misnamed("ova", f"the archive has no disk {member!r}", hint=f"It has {names or 'none'}.")
         return found
     if not disks:
         packed = next((one for one in archive.members if ".vmdk." in one.name.lower()), None)

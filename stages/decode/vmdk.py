@@ -19,7 +19,7 @@ from pipeline.units import KiB, MiB
 from stages.decode.compressed import Unpackable
 from stages.decode.image import Extent, Fetched, Stretch, fill, stored_ranges, tile
 from stages.decode.mapped import PAGE, MappedImage, Pages
-from stages.decode.refusal import corrupt, unsupported
+from stages.decode.refusal import corrupt, misnamed, unsupported
 from stages.decode.vmdk_descriptor import (
     DESCRIPTOR_MAX,
     FIRST_LINE,
@@ -318,9 +318,7 @@ async def open_vmdk(
     start = await reader.read(0, min(HEADER, reader.size))
     if start.startswith(MAGIC):
         if extents:
-            raise corrupt(
-                "vmdk", "extents were named for an image that holds its disk itself", 0, hint="Leave them out."
-            )
+            raise misnamed("vmdk", "extents were named for an image that holds its disk itself", hint="Leave them out.")
         return await _open_one_file(reader, strict=strict)
     _refuse_relatives(start)
     if not start.lstrip()[: len(FIRST_LINE)].lower() == FIRST_LINE.lower():
@@ -494,15 +492,14 @@ def _matched(lines: Sequence[ExtentLine], extents: Extents) -> list[RangeReader 
             raise corrupt("vmdk", f"an extent has the name {one.name[:80]!r}, which leads to another folder", 0)
     if isinstance(extents, Mapping):
         if missing := sorted({one.name for one in stored} - extents.keys()):
-            raise corrupt("vmdk", f"no file was named for the extent {missing[0]!r}", 0, hint="Name it as well.")
+            raise misnamed("vmdk", f"no file was named for the extent {missing[0]!r}", hint="Name it as well.")
         if unused := sorted(extents.keys() - {one.name for one in stored}):
-            raise corrupt("vmdk", f"the descriptor has no extent {unused[0]!r}", 0, hint="Leave it out.")
+            raise misnamed("vmdk", f"the descriptor has no extent {unused[0]!r}")
         return [None if one.kind == "ZERO" else extents[one.name] for one in lines]
     if len(extents) != len(stored):
-        raise corrupt(
+        raise misnamed(
             "vmdk",
             f"{len(extents)} files were named, the descriptor has {len(stored)} extents",
-            0,
             hint="Name all of them, in the order of the descriptor.",
         )
     given = iter(extents)

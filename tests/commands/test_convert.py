@@ -133,7 +133,7 @@ def test_overlay_is_flattened_with_the_backing_image_that_was_named(
     base = str(sources["raw"])
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", str(tmp_path / "upper.qcow2"))
     run("qemu-io", "-c", "write -P 3 1M 300k", str(tmp_path / "upper.qcow2"))
-    assert convert("upper.qcow2", "flat.qcow2").code == 3
+    assert convert("upper.qcow2", "flat.qcow2").code == 2
     assert not (tmp_path / "flat.qcow2").exists()
     said = convert("upper.qcow2", "flat.qcow2", "--backing", base, "--backing-format", "raw")
     assert said.code == 0, said.err
@@ -284,8 +284,45 @@ def test_raw_disk_that_begins_like_qcow2_stays_raw_when_declared(convert: Conver
     assert convert("-f", "raw", "trap.raw", "made.raw").code == 0
     assert (tmp_path / "made.raw").read_bytes() == disk
     said = convert("trap.raw", "other.raw")
-    assert said.code == 3
+    assert said.code == 2
     assert "backing file" in said.err
+
+
+@pytest.mark.parametrize(
+    "make, source, arguments, hint",
+    [
+        ("create -q -f qcow2 -b disk.raw -F raw", "upper.qcow2", (), "--backing FILE"),
+        ("create -q -f qcow2 -o extended_l2=on", "fine.qcow2", (), "qemu-img convert -O qcow2 -o extended_l2=off"),
+        ("create -q -f vmdk -o subformat=monolithicFlat", "parts.vmdk", (), "--extent FILE"),
+        ("create -q -f qcow2", "image.qcow2", ("-f", "vhd"), "Declare it as qcow2"),
+        ("create -q -f qcow2", "image.qcow2", ("--extent", "disk.raw"), "Leave the extents out"),
+        ("create -q -f qed", "image.qed", (), "declare the format"),
+    ],
+)
+def test_source_that_is_only_named_wrongly_is_not_called_corrupt(
+    convert: Convert, tmp_path: Path, make: str, source: str, arguments: tuple[str, ...], hint: str
+) -> None:
+    """Nothing is wrong with any of these images: 2, from looking at them as from converting them."""
+    (tmp_path / "disk.raw").write_bytes(bytes(MiB))
+    run("qemu-img", *make.split(), source, "1M")
+    said = convert(source, "made.raw", *arguments)
+    assert said.code == 2, said.err
+    assert hint in said.err
+    assert not (tmp_path / "made.raw").exists()
+    said = ask("inspect", source, *arguments, "--map")
+    assert said.code == 2, said.out + said.err
+    assert hint in said.err
+
+
+def test_corrupt_source_is_called_corrupt(convert: Convert, sources: dict[str, Path], tmp_path: Path) -> None:
+    image = bytearray(sources["qcow2"].read_bytes())
+    image[40:48] = (1 << 40).to_bytes(8, "big")  # its L1 table
+    (tmp_path / "bad.qcow2").write_bytes(image)
+    for arguments in ((), ("-f", "qcow2")):
+        said = convert("bad.qcow2", "made.raw", *arguments)
+        assert said.code == 3, said.err
+        assert "behind the end" in said.err
+        assert not (tmp_path / "made.raw").exists()
 
 
 def test_what_was_guessed_is_told(convert: Convert, sources: dict[str, Path]) -> None:

@@ -88,6 +88,16 @@ def test_truncated_image_is_corrupt(inspect: Inspect, images: dict[str, bytes], 
         assert inspect("image", "-f", base.split()[0], "--deep").code == 3, base
 
 
+@pytest.mark.parametrize("kept", [20, 300, 5000, -1])
+def test_truncated_archive_is_corrupt_declared_or_not(
+    inspect: Inspect, images: dict[str, bytes], tmp_path: Path, kept: int
+) -> None:
+    (tmp_path / "disk.tar.gz").write_bytes(images["gce"][:kept])
+    for arguments in ((), ("-f", "gce")):
+        said = inspect("disk.tar.gz", "--deep", *arguments)
+        assert said.code == 3, (arguments, said.out + said.err)
+
+
 def test_what_can_not_be_told_is_not_called_corrupt(inspect: Inspect, tmp_path: Path) -> None:
     assert inspect("nothing-there.qcow2").code == 1
     (tmp_path / "disk.vdi").write_bytes(bytes(64) + b"\x7f\x10\xda\xbe" + bytes(4 * KiB))
