@@ -175,6 +175,7 @@ QCOW2 = [
     Mutation("header", "qcow2", "backing file", be64(8, 512), "warning", "backing file"),
     Mutation("header", "qcow2", "long name of a backing file", _name_backing(512, 1024), "corrupt", "1024 bytes"),
     Mutation("header", "qcow2", "backing file behind the header's cluster", be64(8, 1 << 20), "corrupt", "can't be at"),
+    Mutation("header", "qcow2", "raw data without a data file", be64(88, 2), "corrupt", "no data file", reads=True),
     Mutation("header", "qcow2", "encryption", be32(32, 2), "refused", "encryption"),
     Mutation("header", "qcow2", "compression type without its bit", be32(104, 1 << 24), "corrupt", "contradict"),
     Mutation("header", "qcow2", "extension behind the cluster", q(_add_extension), "corrupt", "extension", reads=True),

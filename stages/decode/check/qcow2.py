@@ -65,7 +65,7 @@ _EXTENSION_NAMES = {
     0x44415441: "data file",
 }
 _BITMAPS = 0x23852875
-_AUTOCLEAR_BITMAPS = 1
+_AUTOCLEAR_BITMAPS, _AUTOCLEAR_RAW_DATA = 1, 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,6 +231,9 @@ class _Check:
     def _check_header(self) -> None:
         header, more, tally = self._header, self._more, self._tally
         self._claim(0, self._cluster, "header")
+        # An image with an external data file is refused before.
+        if more.autoclear & _AUTOCLEAR_RAW_DATA:
+            tally.corruption("the image says that its external data file is raw, and has no data file", 88)
         if header.is_dirty:
             tally.warning("the image was not closed properly (dirty bit); its refcounts may be wrong", 72)
         if self._strict:
