@@ -17,7 +17,7 @@ import anyio
 from pipeline.errors import FormatError
 from pipeline.flow.items import RangeReader
 from pipeline.units import GiB, KiB, MiB
-from stages.decode.image import READ_MAX, Extent, Fetched, Stretch, fill, gather, tile
+from stages.decode.image import READ_MAX, Extent, Fetched, Stretch, fill, gather, stored_ranges, tile
 from stages.decode.places import Place
 from stages.decode.refusal import corrupt
 
@@ -198,6 +198,23 @@ class MappedImage(ABC):
 
     def _corrupt(self, reason: str, offset: int | None, guest_offset: int | None = None) -> FormatError:
         return corrupt(self.format, reason, offset, guest_offset)
+
+
+class FlatImage(MappedImage):
+    """A disk stored as it is, from `start` of the file on. Its holes are those that the reader knows (local files)."""
+
+    def __init__(self, reader: RangeReader, size: int, warnings: tuple[str, ...] = (), *, start: int = 0) -> None:
+        super().__init__(reader, size, warnings)
+        self._start = start
+
+    async def places(self, offset: int, length: int) -> AsyncIterator[Place]:
+        """The range, each byte at its own place; holes are zeros there."""
+        async for one in self.extents(offset, length):
+            yield Place(one.offset, one.length, "zero" if one.is_zero else "data", self._start + one.offset)
+
+    async def _stretches(self, offset: int, end: int) -> AsyncIterator[Stretch]:
+        async for part in stored_ranges(self._reader, self._start + offset, self._start + end):
+            yield Stretch(part.start - self._start, len(part), part.start, len(part))
 
 
 def follows(one: Stretch, last: Stretch) -> bool:

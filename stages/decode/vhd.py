@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 from pipeline.flow.items import RangeReader
 from pipeline.units import GiB, MiB, round_up
-from stages.decode.image import Stretch, stored_ranges
-from stages.decode.mapped import MappedImage, Pages
+from stages.decode.image import Stretch
+from stages.decode.mapped import FlatImage, MappedImage, Pages
 from stages.decode.refusal import corrupt, unsupported
 
 SECTOR = 512
@@ -90,14 +90,10 @@ class Layout:
     warnings: tuple[str, ...]
 
 
-class FixedVhd(MappedImage):
-    """A fixed VHD: the disk, then the footer. Holes are known where the reader knows them (local files)."""
+class FixedVhd(FlatImage):
+    """A fixed VHD: the disk, then the footer."""
 
     format = "vhd"
-
-    async def _stretches(self, offset: int, end: int) -> AsyncIterator[Stretch]:
-        async for part in stored_ranges(self._reader, offset, end):
-            yield Stretch(part.start, len(part), part.start, len(part))
 
 
 class DynamicVhd(MappedImage):

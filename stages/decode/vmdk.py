@@ -17,8 +17,9 @@ from typing import cast
 from pipeline.flow.items import RangeReader
 from pipeline.units import KiB, MiB
 from stages.decode.compressed import Unpackable
-from stages.decode.image import Extent, Fetched, Stretch, fill, stored_ranges, tile
-from stages.decode.mapped import PAGE, MappedImage, Pages
+from stages.decode.image import Extent, Fetched, Stretch, fill, tile
+from stages.decode.mapped import PAGE, FlatImage, MappedImage, Pages
+from stages.decode.places import Place
 from stages.decode.refusal import corrupt, misnamed, unsupported
 from stages.decode.vmdk_descriptor import (
     DESCRIPTOR_MAX,
@@ -204,18 +205,10 @@ class VmdkImage(SparseExtent):
         self.descriptor = descriptor
 
 
-class FlatExtent(MappedImage):
-    """A part of the disk stored as it is, from `start` of a file on."""
+class FlatExtent(FlatImage):
+    """A part of the disk stored as it is."""
 
     format = "vmdk"
-
-    def __init__(self, reader: RangeReader, start: int, size: int) -> None:
-        super().__init__(reader, size)
-        self._start = start
-
-    async def _stretches(self, offset: int, end: int) -> AsyncIterator[Stretch]:
-        async for part in stored_ranges(self._reader, self._start + offset, self._start + end):
-            yield Stretch(part.start - self._start, len(part), part.start, len(part))
 
 
 class JoinedVmdk:
@@ -255,6 +248,13 @@ class JoinedVmdk:
         made = bytearray(length)
         self.decode(await self.fetch(offset, length), memoryview(made))
         return bytes(made)
+
+    async def places(self, offset: int, length: int) -> AsyncIterator[Place]:
+        """What each file says about its part; `at` is an offset in that file."""
+        self._check_range(offset, length)
+        for base, part, start, stop in self._within(offset, offset + length):
+            async for place in part.places(start - base, stop - start):
+                yield replace(place, offset=base + place.offset)
 
     def _check_range(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.size:
@@ -510,7 +510,7 @@ async def _open_extent(line: ExtentLine, reader: RangeReader, *, strict: bool) -
     if line.kind in FLAT_KINDS:
         if line.start + line.size > reader.size:
             raise corrupt("vmdk", f"a flat extent ends early: it has {reader.size} bytes", line.start + line.size)
-        return FlatExtent(reader, line.start, line.size)
+        return FlatExtent(reader, line.size, start=line.start)
     _refuse_relatives(await reader.read(0, min(HEADER, reader.size)))
     header = await read_header(reader, strict=strict)
     if header.capacity < line.size:

@@ -12,10 +12,11 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline.__main__ import main
-from pipeline.units import KiB, MiB
+from pipeline.units import GiB, KiB, MiB
 from tests.commands.conftest import Said
 from tests.decode.images import mixed_disk, run
 from tests.decode.large import DATA, SIZE, make_large_qcow2
+from tests.decode.made import QEMU_NAMES
 from tests.decode.mutations import MUTATIONS, Mutation, good_images
 from tests.disks.letters import write_disk
 from tests.stores.ranged import ranged_server
@@ -126,6 +127,49 @@ def test_map_of_qcow2_is_the_one_of_qemu_img(inspect: Inspect, tmp_path: Path, a
 def test_map_of_a_raw_disk_is_the_one_of_qemu_img(inspect: Inspect, tmp_path: Path, letters: str) -> None:
     write_disk(tmp_path / "disk.raw", letters)
     assert mapped(inspect("-f", "raw", "disk.raw", "--map", "--json")) == of_qemu("raw", "disk.raw")
+
+
+OTHERS = {
+    "vhd": ("vhd", "force_size=on"),
+    "vhd-fixed": ("vhd", "subformat=fixed,force_size=on"),
+    "vmdk": ("vmdk", "subformat=monolithicSparse"),
+    "vmdk-stream": ("vmdk", "subformat=streamOptimized"),
+    "vmdk-flat": ("vmdk", "subformat=monolithicFlat"),
+    "vmdk-parts": ("vmdk", "subformat=twoGbMaxExtentSparse"),
+    "vmdk-flat-parts": ("vmdk", "subformat=twoGbMaxExtentFlat"),
+}
+
+
+@pytest.mark.parametrize("format, options", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("size", [9 * MiB + 512, 2 * GiB + 8 * MiB])
+def test_map_of_vhd_and_vmdk_is_the_one_of_qemu_img(
+    inspect: Inspect, tmp_path: Path, format: str, options: str, size: int
+) -> None:
+    with open(tmp_path / "disk.raw", "wb") as disk:
+        disk.write(mixed_disk(3 * MiB))
+        disk.seek(6 * MiB)
+        disk.write(mixed_disk(MiB))
+        disk.truncate(size)
+    name = QEMU_NAMES.get(format, format)
+    run("qemu-img", "convert", "-f", "raw", "-O", name, "-o", options, "disk.raw", "image")
+    extents = sorted(one.name for one in tmp_path.glob("image-*"))
+    arguments = [word for one in extents for word in ("--extent", one)]
+    assert mapped(inspect("image", "-f", format, *arguments, "--map", "--json")) == of_qemu(name, "image")
+
+
+def test_map_of_vhdx_says_where_its_blocks_are(inspect: Inspect, tmp_path: Path) -> None:
+    """qemu-img has no map of a VHDX: it calls everything data, and tells no place."""
+    run("qemu-img", "create", "-q", "-f", "vhdx", "-o", "block_size=1M", "image.vhdx", "8M")
+    run("qemu-io", "-f", "vhdx", "-c", "write -P 1 4M 1M", "image.vhdx")
+    assert [(one["length"], one["data"]) for one in of_qemu("vhdx", "image.vhdx")] == [(8 * MiB, True)]
+    told = mapped(inspect("image.vhdx", "--map", "--json"))
+    assert [(one["start"], one["present"], one["zero"], one["data"]) for one in told] == [
+        (0, False, True, False),
+        (4 * MiB, True, False, True),
+        (5 * MiB, False, True, False),
+    ]
+    data = (tmp_path / "image.vhdx").read_bytes()
+    assert data[told[1]["offset"] : told[1]["offset"] + MiB] == b"\1" * MiB
 
 
 def test_map_of_a_chain_is_the_one_of_qemu_img(inspect: Inspect, tmp_path: Path) -> None:

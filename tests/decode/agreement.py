@@ -32,6 +32,24 @@ or `no reader` (archives). It judges a VMDK by whether grains lie inside the fil
 table.
 """
 
+_MAP = """\
+
+## The map
+
+`pipeline inspect --map --json` beside `qemu-img map --output=json` of the same image; tests compare them.
+
+| image | start, length, depth, present, zero, data, offset |
+|---|---|
+| qcow2, also a chain of overlays | the same |
+| VHD, dynamic and fixed | the same |
+| VMDK, each subformat; extents are named with `--extent` | the same; `offset` is one in the extent |
+| raw, and what is flat | the same for a local file; at a URL, holes of the file are not known, and told as data |
+| VHDX | qemu-img has no map: all is `data`, without `offset`. Ours tells the blocks, and absent ones as not `present` |
+| OVA, GCE archive, compressed streams | qemu-img does not read them |
+
+`compressed` is told always; qemu-img 7.2 does not tell it.
+"""
+
 _VERDICTS = {0: "clean", 1: "error", 2: "corrupt", 3: "leaks", 63: "no check"}
 
 
@@ -87,7 +105,7 @@ def page(found: list[tuple[Mutation, str, str]], version: str) -> str:
         reads = "yes" if mutation.reads else "no"
         lines.append(f"| {mutation.rule} | {name} | {mutation.mode} | {verdict} | {qemu} | {reads} |")
     lines += ["", *agreement(found)]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + _MAP
 
 
 def agreement(found: list[tuple[Mutation, str, str]]) -> list[str]:
