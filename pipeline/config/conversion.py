@@ -116,18 +116,18 @@ def _encoder_options(asked: Conversion, encoder: StageSpec, faults: list[Fault])
     declared = {item.name: item for item in option_fields(encoder.options)}
     chosen: dict[str, Any] = {}
     for text in ",".join(asked.options).split(",") if asked.options else ():
-        name, equals, value = text.strip().partition("=")
-        name = OPTION_ALIASES.get(name, name)
+        asked_name, equals, value = text.strip().partition("=")
+        name = OPTION_ALIASES.get(asked_name, asked_name)
         if not equals:
             faults.append(Fault(reason=f'"{text}" is not OPTION=VALUE', hint="for example variant=fixed", file="-o"))
         elif name not in declared:
-            hint = suggest(name, list(declared)) or "it has no options"
-            faults.append(Fault(reason=f'unknown option "{name}" for {encoder.name}', hint=hint, file="-o"))
+            hint = suggest(asked_name, list(declared)) or "it has no options"
+            faults.append(Fault(reason=f'unknown option "{asked_name}" for {encoder.name}', hint=hint, file="-o"))
         else:
             try:
                 chosen[name] = _value(value, declared[name])
             except ValueError as error:
-                faults.append(Fault(reason=f"{name}: {error}", file="-o"))
+                faults.append(Fault(reason=f"{asked_name}: {error}", file="-o"))
     if "compression" in declared:
         # As with qemu-img: without being asked for, nothing is compressed.
         chosen.setdefault("compression", "zlib" if asked.compress else "none")

@@ -73,6 +73,7 @@ class Outcome:
 
     Attributes:
         state: as `weakest` says of the verdicts.
+        keeps_manifest: a local copy was wanted; without one, and where the target holds none, none is kept.
         leaked_bytes: memory that a stage did not give back; always 0, looked at by tests.
     """
 
@@ -88,6 +89,7 @@ class Outcome:
     manifest_uri: str
     manifest_path: Path | None
     manifest: Manifest
+    keeps_manifest: bool = True
     leaked_bytes: int = 0
 
 
@@ -168,6 +170,7 @@ async def run_export(plan: RunPlan, events: EventStream) -> Outcome:
         manifest_uri=manifest_uri,
         manifest_path=manifest_path,
         manifest=manifest,
+        keeps_manifest=plan.config.export.manifest != "off",
         leaked_bytes=memory.leaked + compressed.charged,
     )
     emit(

@@ -63,6 +63,8 @@ class RunOutcome(Protocol):
     def manifest_uri(self) -> str: ...
     @property
     def manifest_path(self) -> Path | None: ...
+    @property
+    def keeps_manifest(self) -> bool: ...
 
 
 class Display(Protocol):
@@ -313,7 +315,7 @@ def summary_lines(outcome: RunOutcome) -> list[str]:
         ("read", format_exact(outcome.read_bytes)),
         ("sent", format_exact(outcome.stored_bytes)),
         ("time", f"{format_duration(outcome.elapsed_s)}, {format_size(rate)}/s of disk"),
-        ("manifest", " and ".join(manifest) or "could not be written"),
+        ("manifest", " and ".join(manifest) or ("could not be written" if outcome.keeps_manifest else "none is kept")),
     ]
     return [
         verified_line(outcome),

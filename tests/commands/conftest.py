@@ -89,6 +89,7 @@ class FakeOutcome:
     bottleneck: str = "write.s3 was the bottleneck: busy 91% of the time."
     manifest_uri: str = "s3://images/web01.qcow2.manifest.json"
     manifest_path: Path | None = Path("web01.qcow2.manifest.json")
+    keeps_manifest: bool = True
     manifest: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(facts={}))
 
 

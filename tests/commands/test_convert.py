@@ -273,6 +273,7 @@ def test_image_on_stdout_is_the_image_alone(sources: dict[str, Path], tmp_path: 
         done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, cwd=tmp_path, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "stored, not verified" in done.stderr
+    assert "  manifest  none is kept" in done.stderr
     assert (tmp_path / "out").read_bytes() == sources["raw"].read_bytes()
     assert [one.name for one in tmp_path.iterdir()] == ["out"]
 
@@ -347,6 +348,8 @@ def test_what_is_there_already_is_not_replaced(convert: Convert, sources: dict[s
         (Conversion(source="a", target="b.raw", format="qed"), 'no image is written as "qed"'),
         (Conversion(source="a", target="b.qcow2", options=("compresion=zlib",)), 'did you mean "compression"'),
         (Conversion(source="a", target="b.qcow2", options=("compression=lzma",)), "not one of"),
+        (Conversion(source="a", target="b.qcow2", options=("subformat=x",)), 'unknown option "subformat"'),
+        (Conversion(source="a", target="b.vhd", options=("subformat=x",)), "subformat: "),
         (Conversion(source="a", target="b.qcow2", options=("fast",)), "is not OPTION=VALUE"),
         (Conversion(source="a", target="b.raw", compress=True), "does not compress"),
         (Conversion(source="a", target="gopher://b/c.raw"), "nothing is stored under gopher"),

@@ -219,3 +219,5 @@ def test_the_summary_names_a_manifest_once_where_both_copies_are_one_file(tmp_pa
         assert f"  manifest  {uri}" in summary_lines(FakeOutcome(manifest_uri=uri, manifest_path=path))
     nowhere = FakeOutcome(manifest_uri="", manifest_path=None)
     assert "  manifest  could not be written" in summary_lines(nowhere)
+    unwanted = FakeOutcome(manifest_uri="", manifest_path=None, keeps_manifest=False)
+    assert "  manifest  none is kept" in summary_lines(unwanted)
