@@ -13,6 +13,7 @@ import tarfile
 import time
 import uuid
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import anyio
@@ -27,7 +28,7 @@ from stages.decode.opening import open_image
 from stages.decode.probing import probe_format
 from stages.decode.refusal import UnsupportedError
 from tests.decode.images import BytesReader, mixed_disk
-from tests.decode.made import made_by_qemu, made_gce, made_stream, made_tar, read_all, refused
+from tests.decode.made import bounded, made_by_qemu, made_gce, made_stream, made_tar, read_all, refused
 from tests.decode.mutations import good_images, grains, signed, signed_header
 
 SECRET = "/etc/passwd"
@@ -305,12 +306,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 HOT = [0, 512, 1024, 1536, 64 * KiB, 128 * KiB, 192 * KiB, 256 * KiB, 2 * MiB, 2 * MiB + 64 * KiB, 3 * MiB, 4 * MiB]
 
 
-@settings(max_examples=250, deadline=3000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), base=st.sampled_from(BASES), strict=st.booleans())
 def test_whatever_is_changed_it_decodes_or_is_refused(
     images: dict[str, bytes], data: st.DataObject, base: str, strict: bool
 ) -> None:
-    """No other exception from reader, checker or probe, no endless work, no read outside of the file."""
+    """No other exception from reader, checker or probe, time and memory as a small file may take, no read outside."""
     image = bytearray(images[base])
     places = st.one_of(
         st.integers(0, 120),
@@ -348,30 +349,24 @@ def resigned(image: bytearray, base: str) -> None:
 
 async def survive(image: bytes, format: str, strict: bool) -> None:
     reader = BytesReader(image)
-    try:
+    with bounded(), suppress(FormatError):
         opened = await open_image(reader, format, strict=strict)
         for start in (0, max(0, opened.size - MiB)):
             await opened.read(start, min(MiB, opened.size - start))
         if opened.size <= GiB:
             async for extent in opened.extents(0, opened.size):
                 assert extent.length > 0
-    except FormatError:
-        pass
-    try:
+    with bounded(), suppress(UnsupportedError):
         report = await check(reader, format)
         assert report.is_complete or report.verdict == "corrupt"
-    except UnsupportedError:
-        pass
-    try:
+    with bounded(), suppress(FormatError):
         await probe_format(reader)
-    except FormatError:
-        pass
     for offset, length in reader.reads:
         assert offset >= 0
         assert offset + length <= len(image)
 
 
-@settings(max_examples=100, deadline=2000)
+@settings(max_examples=100, deadline=None)
 @given(st.sampled_from(["vhd", "vmdk", "vhdx", "ova", "gce"]), st.binary(max_size=600))
 def test_any_bytes_at_all_are_refused(format: str, junk: bytes) -> None:
     anyio.run(survive, junk, format, False)
