@@ -20,7 +20,7 @@ from stages.decode.framed import has_seek_table, open_framed
 from stages.decode.image import DecodedImage
 from stages.decode.opening import ALIASES, FORMATS, is_known, open_image
 from stages.decode.probing import probe
-from stages.decode.refusal import UnsupportedError, misnamed
+from stages.decode.refusal import misnamed
 from stages.decode.slowed import slowed
 from stages.decode.unpacked import UnpackedStream
 from stages.store.file import local_path
@@ -91,25 +91,20 @@ class OpenedFiles:
     async def open_image(self) -> DecodedImage:
         """Read and check the header. Raises as `opening.open_image`."""
         backing = await self.backing.open_image() if self.backing else None
-        try:
-            reader, format = await self.open_packed()
-            return await open_image(
-                reader,
-                format,
-                extents=self.extents or None,
-                member=self.named.member,
-                backing=backing,
-            )
-        except UnsupportedError:
-            raise
-        except FormatError:
-            await self.refuse_another_format()
-            raise
+        reader, format = await self.open_packed()
+        return await open_image(
+            reader,
+            format,
+            extents=self.extents or None,
+            member=self.named.member,
+            backing=backing,
+        )
 
     async def refuse_another_format(self) -> None:
         """Say so where the image could not be read as what it was declared to be, but plainly is something else.
 
-        Only a better message for what failed: a probe never overrules what was declared.
+        Only a better message for what failed: a probe never overrules what was declared. Not for an image that we
+        stored: there another format is damage.
 
         Raises:
             UnsupportedError: as another format it would be taken. StoreError: it can't be read.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from pipeline.config.options import without_secrets
-from pipeline.errors import SourceError
+from pipeline.errors import FormatError, SourceError
 from pipeline.events import ImageOpened
 from pipeline.flow.items import Block, Content, Run, Why
 from pipeline.flow.pacing import RATE_MIN, RateLimit
@@ -117,11 +117,18 @@ class ImageReader:
             StoreError, PlanError: it can't be read.
         """
         from stages.decode.named import open_files
+        from stages.decode.refusal import UnsupportedError
 
         limit = RateLimit(self._context.clock, self._options.rate_limit)
         named = replace(self._options.named, limit=limit)
         files = await self._stack.enter_async_context(open_files(named))
-        self._image = image = await files.open_image()
+        try:
+            self._image = image = await files.open_image()
+        except UnsupportedError:
+            raise
+        except FormatError:
+            await files.refuse_another_format()
+            raise
         self._context.emit(
             ImageOpened(
                 stage=self._context.name,
