@@ -170,10 +170,13 @@ async def _tell_map(console: Console, files: OpenedFiles) -> None:
             line += json.dumps(_as_qemu(place, formats[place.depth]))
         console.put(line + "]")
         return
-    console.say(f"  {'guest offset':>16} {'length':>16}  {'kind':<8} {'image offset':>16}")
+    depth = "   depth" if files.backing else ""
+    console.say(f"  {'guest offset':>16} {'length':>16}  {'kind':<8} {'image offset':>16}{depth}")
     async for place in map_image(image):
         at = "" if place.at is None else str(place.at)
-        console.say(f"  {place.offset:>16} {place.length:>16}  {place.kind:<8} {at:>16}".rstrip())
+        console.say(
+            f"  {place.offset:>16} {place.length:>16}  {place.kind:<8} {at:>16}{depth and f'{place.depth:>8}'}".rstrip()
+        )
 
 
 def _chain(files: OpenedFiles | None) -> Iterator[OpenedFiles]:

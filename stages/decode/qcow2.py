@@ -303,7 +303,7 @@ def _parse(raw: bytes, image_size: int, *, is_overlay: bool, is_alone: bool) -> 
         raise _corrupt(f"the name of its backing file ({named} bytes) can't be at {backing}", 8)
     if backing and not (is_overlay or is_alone):
         hint = "Name it yourself (backing = [...], --backing FILE); the name inside the image is never opened."
-        raise _unsupported("a backing file", 8, hint)
+        raise misnamed("qcow2", "the image lies on a backing file that was not named", hint=hint)
     if is_overlay and not backing:
         raise misnamed("qcow2", "a backing image was named for an image that has none")
     if crypt:
