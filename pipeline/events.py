@@ -89,6 +89,16 @@ class RunResumed(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LeftoverFound(Event):
+    """Another run left something of the same target, or is still writing it: it is not touched."""
+
+    uri: str
+    age_s: float
+    size_bytes: int | None  # None where the store does not say
+    remove: str  # the shell command
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UploadKept(Event):
     """The run ended, and what was sent stays, to be gone on with."""
 

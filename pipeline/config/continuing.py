@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -10,19 +11,23 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import anyio
+
 from pipeline import __version__
 from pipeline.config.options import option_fields, without_secrets
 from pipeline.config.parse import ExportConfig, StageConfig
 from pipeline.config.wiring import WiredChain
-from pipeline.errors import AlreadyFinished, FormatError, PlanError
+from pipeline.errors import AlreadyFinished, FormatError, PlanError, StoreError
 from pipeline.events import FallbackTaken
 from pipeline.flow.manifest import Manifest
 from pipeline.flow.orders import Order
 from pipeline.flow.placement import lies_on_disk
 from pipeline.flow.resume import JournalError, Recheck, RunJournal, other_disk
-from pipeline.flow.stage import Layout, SourceInfo, StageContext
+from pipeline.flow.stage import Layout, LookingWriter, SourceInfo, StageContext
 
 HEADER_VERSION = 2
+# A list request or two. A store that takes longer is no reason to begin later.
+LOOK_DEADLINE_S = 5.0
 _DISCARD_HINT = "Run it with the old value to go on, or remove what was sent and start anew: --discard."
 
 
@@ -174,9 +179,11 @@ def _decide(journal: RunJournal, attempt: Attempt, config: ExportConfig) -> None
     journal.discards = attempt.mode is Mode.DISCARD
 
 
-async def begin_or_compare(journal: RunJournal, attempt: Attempt, writer: Any, context: StageContext) -> None:
+async def begin_or_compare(journal: RunJournal, attempt: Attempt, writer: Any, context: StageContext) -> bool:
     """Begin the journal of a new export, or see that the one that is there is of this very export.
 
+    Returns:
+        whether it began: there was none to go on with.
     Raises:
         PlanError: it is of another one.
         AlreadyFinished: the image that was to be resumed is published.
@@ -185,11 +192,44 @@ async def begin_or_compare(journal: RunJournal, attempt: Attempt, writer: Any, c
         await look_for_finished(journal, journal.expected, writer)
     if journal.is_unfinished:
         compare(journal, journal.expected)
-        return
+        return False
     if attempt.mode is Mode.RESUME:
         nothing = f"there is nothing to resume in {journal.path}"
         context.emit(FallbackTaken(stage="engine", what="the export starts anew", reason=nothing))
     journal.begin(journal.expected)
+    return True
+
+
+async def tell_leftovers(attempt: Attempt, chain: WiredChain, writer: Any, context: StageContext, target: str) -> None:
+    """Name what other runs left of the same target, for a run that has no journal of them.
+
+    Nothing is removed: it may be of a run that is still going on. A store that can't be asked holds no run up.
+    """
+    if not isinstance(writer, LookingWriter):
+        return
+    reason = "the store did not answer in time"
+    with anyio.move_on_after(LOOK_DEADLINE_S):
+        try:
+            for found in await writer.find_leftovers():
+                context.emit(found)
+        except StoreError as error:
+            reason = error.message
+        else:
+            return
+    if attempt.mode is Mode.RESUME:
+        command = uploads_command("list", target, getattr(chain.writer.options, "endpoint", ""))
+        what = f"it is not known whether an earlier run left something: look with {command}"
+        context.emit(FallbackTaken(stage="engine", what=what, reason=reason))
+
+
+def uploads_command(verb: str, url: str, endpoint: str, *more: str) -> str:
+    """The shell command that looks for what runs left under a URL, or removes it; without secrets.
+
+    Args:
+        endpoint: of an S3-compatible store; empty for the usual one.
+    """
+    where = ("--endpoint", without_secrets(endpoint)) if endpoint else ()
+    return shlex.join(["pipeline", "uploads", verb, without_secrets(url), *where, *more])
 
 
 def describe(

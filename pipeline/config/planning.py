@@ -22,6 +22,7 @@ from pipeline.config.continuing import (
     head_length,
     journal_path,
     open_journal,
+    tell_leftovers,
     told_resume,
 )
 from pipeline.config.options import Secret, without_secrets
@@ -277,6 +278,7 @@ async def plan_run(
         )
         encoder: Encoder[Any] = _build(chain.encoder, context)
         compressor: Compressor[Any] | None = _build(compressors[0], outside) if compressors else None
+        is_new = True
         if fuse:  # the stages of a chain that is not fused are at different blocks at the same time
             journal = open_journal(attempt, config, chain, info, context)
         meters = [StageMeter(name, parallelism=memory.workers) for name in chain.names]
@@ -296,9 +298,11 @@ async def plan_run(
                 map_identity=inner.map.identity if inner.map is not None else "",
                 target=target_uri(chain),
             )
-            await begin_or_compare(journal, attempt, writer, context)
+            is_new = await begin_or_compare(journal, attempt, writer, context)
         request = SinkRequest(layout=layout, order=chain.order, memory=memory.for_writer, source_path=info.path)
         sink_plan = await writer.plan(request)
+        if attempt is not None and is_new:
+            await tell_leftovers(attempt, chain, writer, context, target_uri(chain))
         if sink_plan.boundaries and not chain.encoder.spec.checkpointed:
             raise PlanError(
                 f"{chain.encoder.name} can't make a part again, and parts of this image are too long to wait in memory",

@@ -13,7 +13,7 @@ The SPEC of a stage is the only place where its name, help and ports are written
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import anyio
 
 from pipeline.config.options import option as option  # re-exported: a stage module needs one import for its options
-from pipeline.events import Event
+from pipeline.events import Event, LeftoverFound
 from pipeline.flow.buffers import Charge, Ledger
 from pipeline.flow.channels import Inlet, Outlet
 from pipeline.flow.facts import Fact, Facts
@@ -656,6 +656,15 @@ class RewritingWriter(Protocol):
 
     async def can_rewrite(self) -> bool:
         """Whether its target lets it; waits until that is known, which is soon after the run began."""
+        ...
+
+
+@runtime_checkable
+class LookingWriter(Protocol):
+    """A writer that can ask its store what other runs left of the same target."""
+
+    async def find_leftovers(self) -> Sequence[LeftoverFound]:
+        """All there is now, the oldest first; called once after planning. Raises StoreError."""
         ...
 
 

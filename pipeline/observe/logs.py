@@ -15,6 +15,7 @@ from pipeline.events import (
     Event,
     FallbackTaken,
     ImageVerified,
+    LeftoverFound,
     PartStored,
     ProgressSampled,
     RereadProgressed,
@@ -32,7 +33,7 @@ def level_of(event: Event) -> Level:
     """How loud an event is: debug for what comes many times a second, warning for what a person may have to act on."""
     if isinstance(event, (ProgressSampled, PartStored, RereadProgressed, VerifyProgressed)):
         return "debug"
-    if isinstance(event, (RetryScheduled, FallbackTaken)):
+    if isinstance(event, (FallbackTaken, LeftoverFound, RetryScheduled)):
         return "warning"
     if isinstance(event, RunFailed):
         return "error"

@@ -19,6 +19,7 @@ from pipeline.events import (
     FallbackTaken,
     ImageSealed,
     ImageVerified,
+    LeftoverFound,
     MapProgressed,
     PartReplayed,
     ProgressSampled,
@@ -273,6 +274,10 @@ def phase_line(event: Event) -> str:
         return f"{event.stage}: {event.state}" + (f", {event.detail}" if event.detail else "")
     if isinstance(event, FallbackTaken):
         return f"{event.stage}: {event.what} ({event.reason})"
+    if isinstance(event, LeftoverFound):
+        size = f", {format_size(event.size_bytes)}" if event.size_bytes is not None else ""
+        told = f"left by another run: {event.uri}, {format_duration(event.age_s)} old{size}"
+        return f"{told}. If that run is over, remove it: {event.remove}"
     if isinstance(event, ChangesSent):
         changed = f"{format_size(event.changed_bytes)} had changed, sent again" if event.changed_bytes else "none found"
         return f"changes, look {event.number}: {changed}"

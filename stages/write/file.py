@@ -20,7 +20,7 @@ from pathlib import Path
 import anyio.from_thread
 
 from pipeline.errors import LeftBehindError, PlanError, StoreError
-from pipeline.events import FallbackTaken, UploadRemoved
+from pipeline.events import FallbackTaken, LeftoverFound, UploadRemoved
 from pipeline.flow.buffers import Pool
 from pipeline.flow.channels import Inlet, Outlet
 from pipeline.flow.items import Piece, Receipt, StoredImage
@@ -103,6 +103,12 @@ class FileWriter:
             summary=(("free space", f"{format_size(free)} in {self._path.parent}"),),
             resume_at=resume_at,
         )
+
+    async def find_leftovers(self) -> Sequence[LeftoverFound]:
+        """Temporary files of the same target. Raises StoreError."""
+        from stages.write.leftovers import Folder, found_beside
+
+        return await found_beside(Folder(str(self._path)), str(self._path))
 
     def _go_on(self, journal: UploadJournal) -> int:
         """Find the file that an earlier process wrote, and take it over or remove it; returns how far it is durable.

@@ -17,8 +17,10 @@ from urllib.parse import quote, unquote, urlsplit
 
 import anyio.to_thread
 
+from pipeline.config.continuing import uploads_command
 from pipeline.config.options import without_secrets
 from pipeline.errors import PlanError, StoreError
+from pipeline.events import LeftoverFound
 from stages.store.file import local_path
 from stages.write.partial import is_partial
 
@@ -88,7 +90,7 @@ async def place_of(url: str, *, endpoint: str = "") -> AsyncIterator[Place]:
         elif scheme in ("http", "https", "dav", "davs"):
             yield await stack.enter_async_context(_web_folder(url))
         elif scheme == "file":
-            yield _Folder(url)
+            yield Folder(url)
         else:
             raise PlanError(
                 f"runs leave nothing behind under {scheme}: URLs",
@@ -98,12 +100,25 @@ async def place_of(url: str, *, endpoint: str = "") -> AsyncIterator[Place]:
             )
 
 
+async def found_beside(place: Place, url: str, endpoint: str = "") -> list[LeftoverFound]:
+    """What lies in a place, for a run whose target is `url`. Raises StoreError."""
+    return [
+        LeftoverFound(
+            uri=one.uri,
+            age_s=one.age_s(place.now()),
+            size_bytes=one.size,
+            remove=uploads_command("abort", url, endpoint, "--upload-id", one.upload_id),
+        )
+        for one in await place.find()
+    ]
+
+
 def names_many(url: str) -> bool:
     """Whether the URL stands for everything below it."""
     return url.endswith("/") or (url.startswith(("s3://", "gs://", "az://")) and not urlsplit(url).path)
 
 
-class _Folder:
+class Folder:
     """A local folder, or one name in it."""
 
     def __init__(self, url: str) -> None:
@@ -158,10 +173,10 @@ async def _remote_folder(url: str) -> AsyncIterator[Place]:
     from stages.write.sftp import client_library
 
     async with client_library().connected(url, folder=names_many(url)) as client:
-        yield _RemoteFolder(client, client.where.path, names_many(url))
+        yield RemoteFolder(client, client.where.path, names_many(url))
 
 
-class _RemoteFolder:
+class RemoteFolder:
     """A folder on an SFTP server, or one name in it."""
 
     def __init__(self, client: SftpClient, path: str, is_folder: bool) -> None:
@@ -347,12 +362,12 @@ async def _bucket(url: str, endpoint: str) -> AsyncIterator[Place]:
     else:
         client = await S3Client.connect(bucket, endpoint=endpoint, on_alive=retry.alive)
     try:
-        yield _Bucket(client, retry, key, is_prefix=names_many(url))
+        yield Bucket(client, retry, key, is_prefix=names_many(url))
     finally:
         await client.close()
 
 
-class _Bucket:
+class Bucket:
     """Open multipart uploads of one key, or of every key with a prefix."""
 
     def __init__(self, client: S3Client, retry: Retry, key: str, *, is_prefix: bool) -> None:

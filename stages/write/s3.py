@@ -7,7 +7,7 @@ bring it back.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,6 +37,7 @@ from pipeline.units import Size
 
 # aiohttp, botocore and awscrt are imported where a store is really talked to, not for `pipeline --help`.
 if TYPE_CHECKING:
+    from pipeline.events import LeftoverFound
     from pipeline.flow.pacing import Pacer
     from pipeline.flow.retry import Retry, RetryPolicy
     from stages.store.http import Timeouts
@@ -204,6 +205,14 @@ class S3Writer:
             ),
             resume_at=resume_at,
         )
+
+    async def find_leftovers(self) -> Sequence[LeftoverFound]:
+        """Open uploads of the same key. Raises StoreError."""
+        from stages.write.leftovers import Bucket, found_beside
+
+        planned = self._after_planning()
+        place = Bucket(planned.client, planned.retry, planned.key, is_prefix=False)
+        return await found_beside(place, planned.client.uri(planned.key), self._options.endpoint)
 
     async def _connect(self, bucket: str) -> tuple[S3Client, Retry]:
         from pipeline.flow.retry import Retry, RetryPolicy

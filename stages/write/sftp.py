@@ -19,7 +19,7 @@ import anyio
 
 from pipeline.config.options import Secret
 from pipeline.errors import LeftBehindError, PlanError, StageError, StoreError
-from pipeline.events import FallbackTaken, UploadRemoved
+from pipeline.events import FallbackTaken, LeftoverFound, UploadRemoved
 from pipeline.flow.buffers import Pool
 from pipeline.flow.channels import Inlet, Outlet
 from pipeline.flow.items import Piece, RangeReader, Receipt, StoredImage
@@ -137,6 +137,12 @@ class SftpWriter:
             summary=(("free space", room),),
             resume_at=resume_at,
         )
+
+    async def find_leftovers(self) -> Sequence[LeftoverFound]:
+        """Temporary files of the same target. Raises StoreError."""
+        from stages.write.leftovers import RemoteFolder, found_beside
+
+        return await found_beside(RemoteFolder(self._client, self._path, False), str(self._client.where))
 
     def _connect(self) -> SftpClient:
         """The client of the target; nothing is sent. Raises PlanError."""

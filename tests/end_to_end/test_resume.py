@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,13 +17,15 @@ import pytest
 from pipeline.config.continuing import Attempt, Mode, journal_path
 from pipeline.config.parse import load_config
 from pipeline.errors import AlreadyFinished, KeptError, PipelineError, PlanError, VerificationError
-from pipeline.events import Event, FallbackTaken, PartStored, RunResumed, UploadKept
+from pipeline.events import Event, FallbackTaken, LeftoverFound, PartStored, RunResumed, UploadKept
 from pipeline.flow import resume
 from pipeline.flow.engine import Outcome
 from pipeline.flow.journal import RecordLog
+from pipeline.observe.progress import phase_line
 from pipeline.units import MiB
 from stages.catalog import CATALOG
 from stages.write import parts, ranges
+from stages.write.partial import partial_name
 from tests.chains import export, write_toml
 from tests.end_to_end.kills import write_large_letters
 from tests.stores.faults import Every, FlipReply, Nth, Rule, error_reply
@@ -357,6 +360,76 @@ async def test_resume_without_a_journal_starts_anew_and_says_so(seaweedfs: S3Ser
         outcome = await it.run(it.toml(), RESUME)
         assert outcome.state == "identical"
         assert it.fallbacks()[0].startswith("the export starts anew: there is nothing to resume in ")
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "unreadable"])
+@pytest.mark.parametrize("attempt", [NEW, RESUME])
+async def test_upload_whose_journal_is_gone_is_named_with_the_command_that_removes_it(
+    seaweedfs: S3Server, case: Make, attempt: Attempt, damage: str
+) -> None:
+    """It is left where it is: a run of another machine may be at work on it."""
+    async with FaultProxy(seaweedfs.port) as proxy:
+        it = case(proxy)
+        toml = it.toml(endpoint=proxy.url)
+        await it.fail(toml)
+        spoil(journal_path(load_config(toml, CATALOG)), damage)
+        [(_, old)] = seaweedfs.open_uploads(it.bucket)
+        assert (await it.run(toml, attempt)).state == "identical"
+        assert seaweedfs.open_uploads(it.bucket) == [("image", old)]
+        [found] = [event for event in it.events if isinstance(event, LeftoverFound)]
+        assert found.uri == f"s3://{it.bucket}/image"
+        assert (found.size_bytes or 0) >= 5 * MiB
+        assert found.remove == f"pipeline uploads abort {found.uri} --endpoint {proxy.url} --upload-id {old}"
+        assert found.remove in phase_line(found)
+        await removed_by(found.remove)
+        assert seaweedfs.open_uploads(it.bucket) == []
+
+
+async def test_store_that_does_not_list_uploads_holds_no_run_up(seaweedfs: S3Server, case: Make) -> None:
+    async with FaultProxy(seaweedfs.port) as proxy:
+        it = case(proxy)
+        proxy.set_rules(Rule(error_reply(403, "AccessDenied"), method="GET", query="uploads"))
+        assert (await it.run(it.toml(), RESUME)).state == "identical"
+        told = next(one for one in it.fallbacks() if "earlier run" in one)
+        assert f"pipeline uploads list s3://{it.bucket}/image --endpoint {proxy.url}: AccessDenied" in told
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "unreadable"])
+async def test_file_whose_journal_is_gone_is_named_with_the_command_that_removes_it(
+    tmp_path: Path, damage: str
+) -> None:
+    disk = write_large_letters(tmp_path / "disk.raw")
+    target = tmp_path / "my images" / "image"
+    target.parent.mkdir()
+    toml = write_toml(
+        tmp_path / "export.toml", f'read.disk; path = "{disk}"', "encode.raw", f'write.file; path = "{target}"'
+    )
+    partial = target.parent / partial_name("image", "test", "0badcafe")
+    partial.write_bytes(bytes(8192))
+    spoil(journal_path(load_config(toml, CATALOG)), damage)
+    events: list[Event] = []
+    assert (await export(toml, attempt=RESUME, events=events)).state == "stored"
+    [found] = [event for event in events if isinstance(event, LeftoverFound)]
+    assert (found.uri, found.size_bytes) == (str(partial), 8192)
+    assert partial.exists()
+    await removed_by(found.remove)
+    assert sorted(one.name for one in target.parent.iterdir()) == ["image", "image.manifest.json"]
+
+
+def spoil(journal: Path, damage: str) -> None:
+    """Leave a journal as a lost disk, a power loss, or a slip leaves it."""
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    if damage == "missing":
+        journal.unlink(missing_ok=True)
+    else:
+        journal.write_bytes(journal.read_bytes()[:40] if damage == "cut" and journal.exists() else b"precious")
+
+
+async def removed_by(command: str) -> None:
+    """Run a command that was told, as a person pastes it."""
+    program, *arguments = shlex.split(command)
+    assert program == "pipeline"
+    await anyio.run_process([sys.executable, "-m", "pipeline", *arguments], cwd=Path(__file__).parents[2])
 
 
 async def test_resume_of_a_finished_export_has_nothing_to_do(seaweedfs: S3Server, case: Make) -> None:
