@@ -22,8 +22,8 @@ _endpoint = click.option("--endpoint", default="", metavar="URL", help="Of an S3
 def command() -> None:
     """Find and remove what runs left behind: open multipart uploads (which are billed), and temporary files.
 
-    URL names the image, or with a slash at the end everything below it: s3://BUCKET/NAME, s3://BUCKET/, a path,
-    sftp://USER@HOST/PATH, davs://USER:PASSWORD@HOST/PATH.
+    URL names the image, or with a slash at the end (or as a folder) everything in it: s3://BUCKET/NAME, s3://BUCKET/,
+    a path, sftp://USER@HOST/PATH, davs://USER:PASSWORD@HOST/PATH.
     """
 
 
@@ -54,12 +54,16 @@ def abort_uploads(console: Console, url: str, endpoint: str, older_than: str | N
     except ValueError as error:
         raise PlanError(str(error), operation="uploads abort") from None
     if names_many(url) and age_s is None and upload_id is None:
-        raise PlanError(
-            f"{without_secrets(url)} names more than one image, and some of them may be on their way now",
-            operation="uploads abort",
-            hint="Add --older-than 1d (or --upload-id), or name the image.",
-        )
+        raise _too_many(url)
     return run_async(partial(_abort, console, url, endpoint, age_s, upload_id))
+
+
+def _too_many(url: str) -> PlanError:
+    return PlanError(
+        f"{without_secrets(url)} names more than one image, and some of them may be on their way now",
+        operation="uploads abort",
+        hint="Add --older-than 1d (or --upload-id), or name the image.",
+    )
 
 
 async def _list(console: Console, url: str, endpoint: str) -> int:
@@ -67,6 +71,7 @@ async def _list(console: Console, url: str, endpoint: str) -> int:
 
 
 async def _show(console: Console, url: str, endpoint: str) -> int:
+    from pipeline.config.continuing import uploads_command
     from stages.write.leftovers import place_of
 
     async with place_of(url, endpoint=endpoint) as place:
@@ -78,8 +83,9 @@ async def _show(console: Console, url: str, endpoint: str) -> int:
     if not found:
         console.say(f"nothing was left behind under {without_secrets(url)}")
     else:
-        shown = without_secrets(url)
-        console.say(f"{len(found)} left behind, {format_exact(known)}. Remove: pipeline uploads abort {shown} ...")
+        console.say(f"{len(found)} left behind, {format_exact(known)}. Remove what no run is working on any more:")
+        for one in found:
+            console.say("  " + uploads_command("abort", url, endpoint, "--upload-id", one.upload_id))
     return EXIT_OK
 
 
@@ -94,7 +100,10 @@ async def _remove(console: Console, url: str, endpoint: str, age_s: float | None
     removed = 0
     failed: list[tuple[Leftover, StoreError]] = []
     async with place_of(url, endpoint=endpoint) as place:
-        for one in await place.find():
+        everything = await place.find()
+        if place.holds_many and age_s is None and upload_id is None:  # a server's folder: only now it is known
+            raise _too_many(url)
+        for one in everything:
             if upload_id is not None and one.upload_id != upload_id:
                 continue
             if age_s is not None and one.age_s(place.now()) < age_s:

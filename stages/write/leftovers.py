@@ -1,6 +1,6 @@
 """What runs left behind in a store: open multipart uploads, and temporary files.
 
-A URL names one target, or every one below it where it ends with a slash (or is a bucket alone).
+A URL names one target, or every one below it where it ends with a slash (or is a bucket alone, or a folder).
 """
 
 from __future__ import annotations
@@ -59,7 +59,13 @@ class Leftover:
 
 
 class Place(Protocol):
-    """Where to look."""
+    """Where to look.
+
+    Attributes:
+        holds_many: whether it is more than one target's; certain once `find` returned.
+    """
+
+    holds_many: bool
 
     async def find(self) -> list[Leftover]:
         """Everything that was left, the oldest first. Raises StoreError."""
@@ -114,8 +120,11 @@ async def found_beside(place: Place, url: str, endpoint: str = "") -> list[Lefto
 
 
 def names_many(url: str) -> bool:
-    """Whether the URL stands for everything below it."""
-    return url.endswith("/") or (url.startswith(("s3://", "gs://", "az://")) and not urlsplit(url).path)
+    """Whether the URL stands for everything below it, as far as it can be told without asking a server."""
+    if url.startswith(("s3://", "gs://", "az://")):
+        return url.endswith("/") or not urlsplit(url).path
+    is_local = "://" not in url or url.startswith("file:")
+    return url.endswith("/") or (is_local and os.path.isdir(local_path(url)))
 
 
 class Folder:
@@ -123,7 +132,8 @@ class Folder:
 
     def __init__(self, url: str) -> None:
         path = local_path(url).absolute()
-        self._folder, self._name = (path, "") if names_many(url) else (path.parent, path.name)
+        self.holds_many = names_many(url)
+        self._folder, self._name = (path, "") if self.holds_many else (path.parent, path.name)
 
     def now(self) -> float:
         """This machine's clock."""
@@ -181,9 +191,14 @@ class RemoteFolder:
 
     def __init__(self, client: SftpClient, path: str, is_folder: bool) -> None:
         self._client = client
-        name = "" if is_folder else path.rpartition("/")[2]
-        self._before = path.removesuffix(name) if name else path.rstrip("/") + "/"
-        self._name = name
+        self._path = path
+        self._take(is_folder)
+
+    def _take(self, is_folder: bool) -> None:
+        path = self._path
+        self.holds_many = is_folder
+        self._name = "" if is_folder else path.rpartition("/")[2]
+        self._before = path.removesuffix(self._name) if self._name else path.rstrip("/") + "/"
 
     def now(self) -> float:
         """This machine's clock: SFTP does not tell the server's."""
@@ -191,6 +206,8 @@ class RemoteFolder:
 
     async def find(self) -> list[Leftover]:
         """Temporary files."""
+        if not self.holds_many and (state := await self._client.state(self._path)) is not None and state.is_folder:
+            self._take(True)
         names = await self._client.names(self._before.rstrip("/") or self._before or ".")
         return sorted(
             (
@@ -242,7 +259,7 @@ class _Container:
         self._client = client
         self._retry = retry
         self._name = name
-        self._is_prefix = is_prefix
+        self.holds_many = is_prefix
 
     def now(self) -> float:
         """This machine's clock."""
@@ -255,7 +272,7 @@ class _Container:
         blobs = await self._retry.call("list", lambda: self._client.listed(self._name))
         found = []
         for blob in blobs:
-            if not self._is_prefix and blob.name != self._name:
+            if not self.holds_many and blob.name != self._name:
                 continue
             if blob.metadata.get(STATE) == "writing":
                 found.append(self._leftover(blob, None, blob.size))
@@ -314,6 +331,7 @@ class _WebFolder:
         self._scheme = scheme
         folder, _, name = url.partition("?")[0].rpartition("/")
         self._folder, self._name = folder + "/", unquote(name)
+        self.holds_many = not name
 
     def now(self) -> float:
         """This machine's clock: listings do not tell the server's."""
@@ -374,7 +392,7 @@ class Bucket:
         self._client = client
         self._retry = retry
         self._key = key
-        self._is_prefix = is_prefix
+        self.holds_many = is_prefix
 
     def now(self) -> float:
         """The store's clock."""
@@ -386,7 +404,7 @@ class Bucket:
         uploads = await self._retry.call("list_uploads", lambda: client.uploads_below(self._key))
         found = []
         for key, upload in uploads:
-            if not self._is_prefix and key != self._key:
+            if not self.holds_many and key != self._key:
                 continue
             parts, size = await self._held(key, upload.upload_id)
             found.append(

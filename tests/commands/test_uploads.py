@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from pathlib import Path
 
@@ -153,6 +154,45 @@ def test_temporary_files_of_one_target_are_found_and_removed(tmp_path: Path) -> 
     assert sorted(tmp_path.iterdir()) == sorted([*others, theirs])
 
 
+def test_a_folder_needs_no_slash_to_be_looked_into(tmp_path: Path) -> None:
+    mine = leave(tmp_path, "web01.qcow2")
+    for url in (tmp_path, f"{tmp_path}/", f"file://{tmp_path}"):
+        assert [one.get("upload_id") for one in call("list", url, "--json").objects] == [mine.name, None]
+        said = call("abort", url)
+        assert said.code == 2
+        assert "--older-than" in said.err
+    assert mine.exists()
+    assert call("abort", tmp_path, "--older-than", "0s").code == 0
+    assert not mine.exists()
+
+
+def test_commands_that_are_told_remove_what_was_listed(tmp_path: Path) -> None:
+    folder = tmp_path / "my images"
+    folder.mkdir()
+    for url in (folder, folder / "a.raw"):
+        leave(folder, "a.raw")
+        leave(folder, "a.raw", token="9")
+        other = leave(folder, "b.raw")
+        paste(call("list", url).out)
+        assert list(folder.iterdir()) == ([] if url == folder else [other])
+
+
+def test_commands_that_are_told_abort_the_uploads_of_a_bucket(s3_server: S3Server, bucket: str) -> None:
+    open_upload(s3_server, bucket, "a b", parts=1)
+    open_upload(s3_server, bucket, "c")
+    paste(call("list", f"s3://{bucket}/", "--endpoint", s3_server.endpoint).out)
+    assert s3_server.open_uploads(bucket) == []
+
+
+def paste(listing: str) -> None:
+    """Run every command that a listing tells, just as it stands there."""
+    commands = [line.strip() for line in listing.splitlines() if line.startswith("  pipeline uploads ")]
+    assert commands
+    for command in commands:
+        said = call(*shlex.split(command)[2:])
+        assert (said.code, said.out.splitlines()[-1]) == (0, "1 removed"), said.err
+
+
 def test_a_missing_folder_exits_1(tmp_path: Path) -> None:
     said = call("list", tmp_path / "absent" / "image")
     assert said.code == 1
@@ -179,6 +219,14 @@ def test_temporary_files_of_an_sftp_server_are_found_and_removed(
     assert (mine.exists(), fresh.exists()) == (False, True)
     assert call("abort", sftp_server.url(""), "--upload-id", fresh.name).code == 0
     assert not fresh.exists()
+    last = leave(sftp_server.data, name, token="0badf00d")
+    folder = sftp_server.url("").rstrip("/")
+    assert last.name in [one.get("upload_id") for one in call("list", folder, "--json").objects]
+    refused = call("abort", folder)
+    assert refused.code == 2
+    assert "--older-than" in refused.err
+    paste(call("list", folder).out)
+    assert not last.exists()
 
 
 @pytest.mark.parametrize("url", ["ftp://host/x", "nbd://host/x", "s3://"])
