@@ -24,6 +24,7 @@ from pipeline.flow.orders import Order
 from pipeline.flow.placement import lies_on_disk
 from pipeline.flow.resume import JournalError, Recheck, RunJournal, other_disk
 from pipeline.flow.stage import Layout, LookingWriter, SourceInfo, StageContext
+from pipeline.units import format_exact, format_size
 
 HEADER_VERSION = 2
 # A list request or two. A store that takes longer is no reason to begin later.
@@ -289,7 +290,15 @@ def compare(journal: RunJournal, now: Mapping[str, Any]) -> None:
                 hint=f"Discard it with the file that began it: {before.get('file')}",
             )
         return
-    differing = list(_differences(before, now))
+    if resized := _resized(before, now):
+        raise PlanError(
+            f"the disk is {resized[1]}, and was {resized[0]} when this export was begun",
+            operation="resume",
+            hint="An export can't go on with a disk of another size. Name the disk that it was begun with, or remove "
+            "what was sent and start anew: --discard.",
+        )
+    # A layout follows from the options: where one of those changed, what came of it tells nothing more.
+    differing = list(_differences(before, now)) or list(_layout_differences(before, now))
     if differing:
         told = "; ".join(f"{what} was {old}, is {new}" for what, old, new in differing)
         raise PlanError(f"this is not the export that was begun: {told}", operation="resume", hint=_DISCARD_HINT)
@@ -325,10 +334,24 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
         for name in sorted({*options, *old}):
             if options.get(name) != old.get(name):
                 yield f"{stage}.{name}", _told(old.get(name)), _told(options.get(name))
-    if before["layout"] != now["layout"]:
-        for name, value in now["layout"].items():
-            if before["layout"].get(name) != value:
-                yield f"the image's {name.replace('_', ' ')}", before["layout"].get(name), value
+
+
+def _layout_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, object, object]]:
+    for name, value in now["layout"].items():
+        if before["layout"].get(name) != value:
+            yield f"the image's {name.replace('_', ' ')}", before["layout"].get(name), value
+
+
+def _resized(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The sizes of the disk then and now, where they differ and no option of the source made them differ."""
+    if before.get("version") != now["version"] or before["chain"][0] != now["chain"][0]:
+        return None
+    source = now["chain"][0]
+    old, new = (str(one["source"].get("size", "")) for one in (before, now))
+    if old == new or not (old.isdigit() and new.isdigit()) or before["options"][source] != now["options"][source]:
+        return None
+    short = format_size(int(old)), format_size(int(new))
+    return short if short[0] != short[1] else (format_exact(int(old)), format_exact(int(new)))
 
 
 def _told(value: object) -> str:

@@ -22,7 +22,7 @@ from pipeline.flow import resume
 from pipeline.flow.engine import Outcome
 from pipeline.flow.journal import RecordLog
 from pipeline.observe.progress import phase_line
-from pipeline.units import MiB
+from pipeline.units import MiB, format_exact, format_size
 from stages.catalog import CATALOG
 from stages.write import parts, ranges
 from stages.write.partial import partial_name
@@ -199,6 +199,10 @@ async def test_discard_removes_what_was_sent_and_starts_anew(seaweedfs: S3Server
 @pytest.mark.parametrize(
     "changed, told",
     [
+        (
+            {"encoder": 'encode.qcow2; cluster_size = "128 KiB"'},
+            "begun: encode.qcow2.cluster_size was 65536, is 131072",
+        ),
         ({"encoder": 'encode.qcow2; level = "small"'}, 'encode.qcow2.level was "fast", is "small"'),
         ({"write": '; checksum = "md5"'}, 'write.s3.checksum was "auto", is "md5"'),
         ({"checksum": 'checksum.guest; algorithm = "blake3"'}, 'checksum.guest.algorithm was "xxh3-128", is "blake3"'),
@@ -215,6 +219,7 @@ async def test_option_that_shapes_the_image_is_refused_by_name(
         with pytest.raises(PlanError) as raised:
             await it.run(it.toml(**changed), RESUME)
         assert told in str(raised.value)
+        assert "the image's" not in str(raised.value), "what follows from an option is not its fault"
         assert it.sent() == set()
         assert len(it.left()) == 3, "the upload and the journal stay"
 
@@ -277,10 +282,31 @@ async def test_another_disk_is_refused(seaweedfs: S3Server, case: Make) -> None:
         it = case(proxy)
         toml = it.toml()
         await it.fail(toml)
-        with it.disk.open("ab") as disk:
-            disk.write(bytes(512))
-        with pytest.raises(PlanError, match=r"not the export that was begun|not the disk that was being exported"):
+        real = resume.other_disk
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("pipeline.config.continuing.other_disk", lambda old, now: real({**old, "serial": "A"}, now))
+            with pytest.raises(PlanError, match="not the disk that was being exported: its serial was A, is none"):
+                await it.run(toml, RESUME)
+
+
+@pytest.mark.parametrize("encoder", ["encode.raw", "encode.qcow2"])
+@pytest.mark.parametrize("change", [-4 * MiB, 4 * MiB, 512])
+async def test_disk_that_shrank_or_grew_is_refused_with_both_sizes(
+    seaweedfs: S3Server, case: Make, encoder: str, change: int
+) -> None:
+    async with FaultProxy(seaweedfs.port) as proxy:
+        it = case(proxy)
+        toml = it.toml(encoder)
+        await it.fail(toml)
+        before = it.disk.stat().st_size
+        os.truncate(it.disk, before + change)
+        with pytest.raises(PlanError) as raised:
             await it.run(toml, RESUME)
+        told = format_size if change % MiB == 0 else format_exact
+        begun = f"the disk is {told(before + change)}, and was {told(before)} when this export was begun"
+        assert begun in str(raised.value)
+        assert "old value" not in raised.value.hint
+        assert "--discard" in raised.value.hint
 
 
 @pytest.mark.parametrize("encoder", ["encode.raw", "encode.qcow2"])
