@@ -74,6 +74,8 @@ class Outcome:
     Attributes:
         state: as `weakest` says of the verdicts.
         keeps_manifest: a local copy was wanted; without one, and where the target holds none, none is kept.
+        earlier_disk_bytes, earlier_read_bytes, earlier_stored_bytes: what earlier processes of the export did of the
+            disk, of what was read, and of what was stored. Times are this process's alone.
         leaked_bytes: memory that a stage did not give back; always 0, looked at by tests.
     """
 
@@ -90,6 +92,9 @@ class Outcome:
     manifest_path: Path | None
     manifest: Manifest
     keeps_manifest: bool = True
+    earlier_disk_bytes: int = 0
+    earlier_read_bytes: int = 0
+    earlier_stored_bytes: int = 0
     leaked_bytes: int = 0
 
 
@@ -123,6 +128,7 @@ async def run_export(plan: RunPlan, events: EventStream) -> Outcome:
     begun = time.monotonic()
     recorder = plan.recorder
     acknowledge_earlier(plan)
+    earlier_read = recorder.read_bytes
     memory = Memory(context.ledger, Pool(context.window, plan.memory_plan.buffers), plan.inner.made_max)
     compressed = Ledger(plan.memory_plan.compressed)
     try:
@@ -165,6 +171,9 @@ async def run_export(plan: RunPlan, events: EventStream) -> Outcome:
         image_size=stored.size,
         read_bytes=recorder.read_bytes,
         stored_bytes=context.progress.stored_bytes,
+        earlier_disk_bytes=context.progress.earlier_acked_bytes,
+        earlier_read_bytes=earlier_read,
+        earlier_stored_bytes=context.progress.earlier_stored_bytes,
         elapsed_s=time.monotonic() - begun,
         bottleneck=bottleneck.sentence,
         manifest_uri=manifest_uri,
@@ -350,7 +359,7 @@ def acknowledge_earlier(plan: RunPlan) -> None:
     """Count what earlier processes of the export stored."""
     start = plan.start
     image_bytes = max(0, start.position - plan.layout.head_length)
-    plan.context.progress.acknowledge(guest_bytes=start.guest_bytes, image_bytes=image_bytes)
+    plan.context.progress.acknowledge(guest_bytes=start.guest_bytes, image_bytes=image_bytes, is_earlier=True)
 
 
 def _check_conservation(plan: RunPlan, channels: list[Channel[Any]]) -> None:

@@ -69,6 +69,7 @@ class Progress:
     Attributes:
         acked_bytes: guest bytes that the store acknowledged; what progress is measured by.
         stored_bytes: image bytes that the store acknowledged.
+        earlier_acked_bytes, earlier_stored_bytes: those of them that earlier processes of the export sent.
     """
 
     disk_bytes: int = 0
@@ -76,11 +77,16 @@ class Progress:
     skipped_bytes: int = 0
     acked_bytes: int = 0
     stored_bytes: int = 0
+    earlier_acked_bytes: int = 0
+    earlier_stored_bytes: int = 0
 
-    def acknowledge(self, *, guest_bytes: int, image_bytes: int) -> None:
-        """The store has these bytes for good."""
+    def acknowledge(self, *, guest_bytes: int, image_bytes: int, is_earlier: bool = False) -> None:
+        """The store has these bytes for good; `is_earlier` where an earlier process sent them."""
         self.acked_bytes += guest_bytes
         self.stored_bytes += image_bytes
+        if is_earlier:
+            self.earlier_acked_bytes += guest_bytes
+            self.earlier_stored_bytes += image_bytes
 
 
 class Replay(Protocol):

@@ -26,6 +26,7 @@ from pipeline.events import (
     RereadProgressed,
     RetryScheduled,
     RunPlanned,
+    RunResumed,
     VerifyProgressed,
 )
 from pipeline.flow.items import Verdict
@@ -56,6 +57,12 @@ class RunOutcome(Protocol):
     def read_bytes(self) -> int: ...
     @property
     def stored_bytes(self) -> int: ...
+    @property
+    def earlier_disk_bytes(self) -> int: ...
+    @property
+    def earlier_read_bytes(self) -> int: ...
+    @property
+    def earlier_stored_bytes(self) -> int: ...
     @property
     def elapsed_s(self) -> float: ...
     @property
@@ -274,6 +281,10 @@ def phase_line(event: Event) -> str:
         return f"{event.stage}: {event.state}" + (f", {event.detail}" if event.detail else "")
     if isinstance(event, FallbackTaken):
         return f"{event.stage}: {event.what} ({event.reason})"
+    if isinstance(event, RunResumed):
+        at = f"goes on at {format_size(event.guest_bytes)} of the disk" if event.guest_bytes else "reads the disk again"
+        compared = f", {format_size(event.compared_bytes)} of the disk compared" if event.compared_bytes else ""
+        return f"resumed: {at}; {format_size(event.image_bytes)} of the image are stored already{compared}"
     if isinstance(event, LeftoverFound):
         size = f", {format_size(event.size_bytes)}" if event.size_bytes is not None else ""
         told = f"left by another run: {event.uri}, {format_duration(event.age_s)} old{size}"
@@ -309,7 +320,9 @@ def verified_line(outcome: RunOutcome) -> str:
 
 def summary_lines(outcome: RunOutcome) -> list[str]:
     """The last word of a run that ended well."""
-    rate = outcome.disk_size / outcome.elapsed_s if outcome.elapsed_s > 0 else 0.0
+    # The time is this process's, so are the bytes that it is divided into.
+    done = outcome.disk_size - outcome.earlier_disk_bytes
+    rate = done / outcome.elapsed_s if outcome.elapsed_s > 0 else 0.0
     manifest = [outcome.manifest_uri] if outcome.manifest_uri else []
     if outcome.manifest_path and str(outcome.manifest_path.absolute()) != outcome.manifest_uri.removeprefix("file://"):
         manifest.append(str(outcome.manifest_path))
@@ -317,9 +330,9 @@ def summary_lines(outcome: RunOutcome) -> list[str]:
         ("image", outcome.uri),
         ("size", format_exact(outcome.image_size)),
         ("disk", format_exact(outcome.disk_size)),
-        ("read", format_exact(outcome.read_bytes)),
-        ("sent", format_exact(outcome.stored_bytes)),
-        ("time", f"{format_duration(outcome.elapsed_s)}, {format_size(rate)}/s of disk"),
+        ("read", format_exact(outcome.read_bytes) + _before(outcome.earlier_read_bytes)),
+        ("sent", format_exact(outcome.stored_bytes) + _before(outcome.earlier_stored_bytes)),
+        ("time", f"{format_duration(outcome.elapsed_s)}, {format_size(rate)}/s of disk" + _before_time(outcome)),
         ("manifest", " and ".join(manifest) or ("could not be written" if outcome.keeps_manifest else "none is kept")),
     ]
     return [
@@ -327,6 +340,15 @@ def summary_lines(outcome: RunOutcome) -> list[str]:
         *(f"  {name:<10}{value}" for name, value in rows),
         *([f"  {outcome.bottleneck}"] if outcome.bottleneck else []),
     ]
+
+
+def _before(done: int) -> str:
+    return f", {format_size(done)} of it before" if done else ""
+
+
+def _before_time(outcome: RunOutcome) -> str:
+    earlier = outcome.earlier_disk_bytes
+    return f", {format_size(earlier)} of which were done before" if earlier else ""
 
 
 def _percent(part: int, whole: int) -> str:

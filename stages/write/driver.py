@@ -491,7 +491,9 @@ class PartDriver:
         """Count a part that the store has; `attempts` is None where an earlier process sent it."""
         self._stored[gathering.part.number] = stored
         self._guest_bytes += gathering.guest_bytes
-        self._context.progress.acknowledge(guest_bytes=gathering.guest_bytes, image_bytes=stored.length - gathering.cut)
+        self._context.progress.acknowledge(
+            guest_bytes=gathering.guest_bytes, image_bytes=stored.length - gathering.cut, is_earlier=attempts is None
+        )
         if attempts is None:
             return
         if self._journal is not None and gathering is not self._head:  # the head only where it is the whole image

@@ -85,6 +85,9 @@ class FakeOutcome:
     image_size: int = 5 * GiB + 1
     read_bytes: int = 6 * GiB
     stored_bytes: int = 5 * GiB + 1
+    earlier_disk_bytes: int = 0
+    earlier_read_bytes: int = 0
+    earlier_stored_bytes: int = 0
     elapsed_s: float = 100.0
     bottleneck: str = "write.s3 was the bottleneck: busy 91% of the time."
     manifest_uri: str = "s3://images/web01.qcow2.manifest.json"

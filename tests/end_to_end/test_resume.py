@@ -155,6 +155,10 @@ async def test_failed_upload_is_kept_and_gone_on_with(
         assert it.stored
         assert not it.stored & it.sent()
         assert it.resumed.guest_bytes > 4 * MiB
+        sent = sum(event.length_bytes for event in it.events if isinstance(event, PartStored))
+        assert outcome.stored_bytes - outcome.earlier_stored_bytes == sent < outcome.stored_bytes
+        assert it.resumed.guest_bytes <= outcome.earlier_disk_bytes < outcome.disk_size
+        assert 0 < outcome.earlier_read_bytes < outcome.read_bytes
         assert it.left() == []
         if encoder == "encode.raw":
             assert seaweedfs.get(it.bucket, "image") == it.disk.read_bytes()

@@ -16,10 +16,12 @@ from pipeline.events import (
     FallbackTaken,
     ImageSealed,
     ImageVerified,
+    LeftoverFound,
     MapProgressed,
     PartStored,
     RetryScheduled,
     RunPlanned,
+    RunResumed,
     VerifyProgressed,
 )
 from pipeline.flow.items import Verdict
@@ -211,6 +213,37 @@ def test_the_summary_has_exact_sizes() -> None:
     written = summary_lines(FakeOutcome())
     assert "  size      5.00 GiB (5368709121 bytes)" in written
     assert "  time      1 min 40 s, 204.8 MiB/s of disk" in written
+
+
+def test_the_rate_of_a_resumed_run_leaves_out_what_was_done_before() -> None:
+    outcome = FakeOutcome(earlier_disk_bytes=15 * GiB, earlier_read_bytes=4 * GiB, earlier_stored_bytes=3 * GiB)
+    written = summary_lines(outcome)
+    assert "  read      6 GiB (6442450944 bytes), 4 GiB of it before" in written
+    assert "  sent      5.00 GiB (5368709121 bytes), 3 GiB of it before" in written
+    assert "  time      1 min 40 s, 51.2 MiB/s of disk, 15 GiB of which were done before" in written
+
+
+@pytest.mark.parametrize(
+    "guest_bytes, compared_bytes, told",
+    [
+        (24 * MiB, 8 * MiB, "goes on at 24 MiB of the disk; 21 MiB of the image are stored already, 8 MiB of the disk"),
+        (0, 0, "reads the disk again; 21 MiB of the image are stored already"),
+    ],
+)
+def test_a_resumed_run_says_in_one_line_where_it_goes_on(guest_bytes: int, compared_bytes: int, told: str) -> None:
+    event = RunResumed(guest_bytes=guest_bytes, image_bytes=21 * MiB, parts=4, compared_bytes=compared_bytes)
+    (line,) = lines([event])
+    assert line == f"resumed: {told}" + (" compared" if compared_bytes else "")
+
+
+def test_what_another_run_left_is_told_with_its_command() -> None:
+    event = LeftoverFound(
+        uri="s3://images/a", age_s=7200, size_bytes=None, remove="pipeline uploads abort s3://images/a"
+    )
+    assert lines([event]) == [
+        "left by another run: s3://images/a, 2 h 00 min old. If that run is over, remove it: "
+        "pipeline uploads abort s3://images/a"
+    ]
 
 
 def test_the_summary_names_a_manifest_once_where_both_copies_are_one_file(tmp_path: Path) -> None:
