@@ -51,6 +51,7 @@ async def _plan(
 async def _show(
     console: Console, config: ExportConfig, chain: WiredChain, profile: Profile | None, following: str
 ) -> int:
+    from pipeline.config.continuing import was_begun
     from pipeline.config.planning import plan_run
     from pipeline.events import EventStream
     from pipeline.flow.stage import Rounding
@@ -71,7 +72,12 @@ async def _show(
             console.say(
                 f"The sizes suit {profile.title}. Will it boot there? pipeline preflight --profile {profile.name}"
             )
-        console.say(f"Nothing was sent. The next step: {following}")
+        is_begun = was_begun(config, chain)
+        if is_begun:
+            console.say(f"Nothing was sent. An earlier run is not finished. Go on with it: {following} --resume")
+            console.say(f"Or remove what it sent and start anew: {following} --discard")
+        else:
+            console.say(f"Nothing was sent. The next step: {following}")
         console.tell(
             "plan",
             name=plan.name,
@@ -81,6 +87,7 @@ async def _show(
             mapped_bytes=plan.info.mapped_bytes,
             image_bytes_max=plan.layout.image_bytes_max,
             target=plan.target_uri,
+            unfinished=is_begun,
             summary=dict(plan.summary),
         )
     return 0

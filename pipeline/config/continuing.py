@@ -22,7 +22,7 @@ from pipeline.events import FallbackTaken
 from pipeline.flow.manifest import Manifest
 from pipeline.flow.orders import Order
 from pipeline.flow.placement import lies_on_disk
-from pipeline.flow.resume import JournalError, Recheck, RunJournal, other_disk
+from pipeline.flow.resume import JournalError, Recheck, RunJournal, is_unfinished, other_disk
 from pipeline.flow.stage import Layout, LookingWriter, SourceInfo, StageContext
 from pipeline.units import format_exact, format_size
 
@@ -121,6 +121,11 @@ def told_resume(config: ExportConfig, chain: WiredChain) -> str:
     """Whether a killed run of this chain can be gone on with, for people who plan one."""
     reason = why_none(config, chain)
     return f"not possible: {reason}" if reason else f"with --resume, by {journal_path(config)}"
+
+
+def was_begun(config: ExportConfig, chain: WiredChain) -> bool:
+    """Whether an earlier run of this export is not finished, so that a new one has to say what becomes of it."""
+    return not why_none(config, chain) and is_unfinished(journal_path(config))
 
 
 def why_none(config: ExportConfig, chain: WiredChain) -> str:

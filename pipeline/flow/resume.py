@@ -37,7 +37,7 @@ from pipeline.errors import (
 from pipeline.events import Event, FallbackTaken, RunResumed
 from pipeline.flow.buffers import Pool
 from pipeline.flow.items import Block
-from pipeline.flow.journal import Record, RecordLog
+from pipeline.flow.journal import Record, RecordLog, parse
 from pipeline.flow.mapping import MapRecorder
 from pipeline.flow.parallel import in_thread, ordered_map
 from pipeline.flow.stage import (
@@ -680,6 +680,17 @@ class RunJournal:
         if self._leaves is not None:
             self._leaves.close()
         self._log.close()
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether the journal at `path` is of a run that left something in the store. Only looks, and locks nothing."""
+    try:
+        records, _ = parse(path.read_bytes())
+    except OSError:
+        return False
+    if not records or records[0].kind != _HEADER or any(record.kind == _END for record in records):
+        return False
+    return any(record.kind == _UPLOAD and json.loads(record.payload) for record in records)
 
 
 def _json(value: object) -> bytes:

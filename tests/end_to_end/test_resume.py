@@ -189,6 +189,26 @@ async def test_run_that_finds_an_unfinished_one_says_what_to_type(seaweedfs: S3S
         assert it.proxy.seen == []
 
 
+async def test_plan_that_finds_an_unfinished_run_says_what_to_type(seaweedfs: S3Server, case: Make) -> None:
+    async with FaultProxy(seaweedfs.port) as proxy:
+        it = case(proxy)
+        toml = it.toml()
+
+        async def plan() -> str:
+            command = [sys.executable, "-m", "pipeline", "plan", str(toml)]
+            return (await anyio.run_process(command, cwd=Path(__file__).parents[2])).stdout.decode()
+
+        assert (await plan()).endswith(f"The next step: pipeline run {toml}\n")
+        await it.fail(toml)
+        before = it.left()
+        told = await plan()
+        assert f"Go on with it: pipeline run {toml} --resume\n" in told
+        assert f"start anew: pipeline run {toml} --discard\n" in told
+        assert "The next step" not in told
+        assert it.left() == before
+        assert (await it.run(toml, RESUME)).state == "identical"
+
+
 async def test_discard_removes_what_was_sent_and_starts_anew(seaweedfs: S3Server, case: Make) -> None:
     async with FaultProxy(seaweedfs.port) as proxy:
         it = case(proxy)

@@ -52,6 +52,22 @@ def take(journal: RunJournal, guest_offset: int, position: int, recorder: MapRec
     journal.take_point(States(), start, [recorder])  # type: ignore[arg-type]  # all that a point needs
 
 
+def test_journal_is_told_to_be_unfinished_by_looking_alone(tmp_path: Path) -> None:
+    path = tmp_path / "x.journal"
+    assert not resume.is_unfinished(path)
+    path.write_bytes(b"precious")
+    assert not resume.is_unfinished(path)
+    path.unlink()
+    journal = opened(path)
+    journal.begin(HEADER)
+    assert not resume.is_unfinished(path), "nothing is in the store yet"
+    journal.note_upload({"upload_id": "1"})
+    assert resume.is_unfinished(path), "also while it is open"
+    journal.note_published("s3://b/k")
+    assert not resume.is_unfinished(path)
+    journal.close()
+
+
 @pytest.fixture(autouse=True)
 def _every_point(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resume, "POINT_EVERY_S", 0.0)
