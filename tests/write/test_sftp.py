@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -11,18 +12,21 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
+from urllib.parse import quote
 
 import anyio
 import anyio.to_thread
 import asyncssh
 import pytest
 
-from pipeline.config.continuing import Attempt, Mode
+from pipeline.config.continuing import Attempt, Mode, journal_path
 from pipeline.config.options import Secret
+from pipeline.config.parse import load_config
 from pipeline.errors import AlreadyFinished, KeptError, LeftBehindError, PlanError, StoreError, VerificationError
 from pipeline.events import (
     Event,
     FallbackTaken,
+    LeftoverFound,
     ProgressSampled,
     RetryScheduled,
     RunResumed,
@@ -35,6 +39,7 @@ from pipeline.flow.orders import Order
 from pipeline.flow.retry import Retry, RetryPolicy
 from pipeline.flow.stage import Clock, RealClock, SinkRequest
 from pipeline.units import KiB, MiB
+from stages.catalog import CATALOG
 from stages.store.sftp import Login, Patience, Session, SftpClient, SftpUrl, connected
 from stages.write import ranges
 from stages.write.sftp import Options, SftpWriter
@@ -711,6 +716,21 @@ async def test_a_cancelled_export_is_gone_on_with(target: Target, encoder: str) 
     [resumed] = [event for event in target.events if isinstance(event, RunResumed)]
     assert resumed.image_bytes >= 15 * MiB
     assert target.left == [target.name, f"{target.name}.manifest.json"]
+
+
+@pytest.mark.usefixtures("_marks_often")
+async def test_a_file_whose_journal_is_gone_is_named_and_left_alone(target: Target) -> None:
+    write_disk(target.tmp / "disk", "ABCDEFGHIJ", MiB)
+    toml = target.toml("verify.readback")
+    await stop_behind(target, 4 * MiB, toml)
+    [partial] = target.left
+    journal_path(load_config(toml, CATALOG)).unlink()
+    assert (await export(toml, attempt=RESUME, events=target.events)).state == "identical"
+    [found] = [event for event in target.events if isinstance(event, LeftoverFound)]
+    assert found.uri.endswith(quote(partial))
+    assert shlex.split(found.remove) == ["pipeline", "uploads", "abort", target.url, "--upload-id", partial]
+    assert sorted(target.left) == sorted([partial, target.name, f"{target.name}.manifest.json"])
+    target.path.with_name(partial).unlink()
 
 
 @pytest.mark.usefixtures("_marks_often")
