@@ -219,6 +219,7 @@ def of_qemu(format: str, image: str) -> list[dict[str, Any]]:
     return entries
 
 
+@pytest.mark.slow
 def test_large_image_is_looked_at_by_ranges(inspect: Inspect, tmp_path: Path) -> None:
     """100 GiB virtual, 10 GiB of data all over: only headers and tables travel. perf/cases/inspecting.py times it."""
     image = make_large_qcow2(tmp_path / "image.qcow2")

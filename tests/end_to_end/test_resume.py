@@ -412,7 +412,9 @@ async def test_resume_without_a_journal_starts_anew_and_says_so(seaweedfs: S3Ser
         assert it.fallbacks()[0].startswith("the export starts anew: there is nothing to resume in ")
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "unreadable"])
+@pytest.mark.parametrize(
+    "damage", ["missing", *(pytest.param(one, marks=pytest.mark.slow) for one in ("cut", "unreadable"))]
+)
 @pytest.mark.parametrize("attempt", [NEW, RESUME])
 async def test_upload_whose_journal_is_gone_is_named_with_the_command_that_removes_it(
     seaweedfs: S3Server, case: Make, attempt: Attempt, damage: str

@@ -450,6 +450,7 @@ async def test_page_blob_of_a_cancelled_run_is_removed_and_of_a_killed_one_is_li
     assert bench.left == []
 
 
+@pytest.mark.slow
 async def test_emulator_that_is_killed_in_the_middle_of_a_block_and_comes_back_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

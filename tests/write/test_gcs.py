@@ -389,6 +389,7 @@ async def test_wrong_hmac_key_is_refused_in_planning_with_its_source(seaweedfs: 
     assert seaweedfs.keys(bench.bucket) == []
 
 
+@pytest.mark.slow
 async def test_server_that_is_killed_in_the_middle_of_a_part_and_comes_back_loses_nothing(
     own_seaweedfs: SeaweedFs, bench: Bench
 ) -> None:
