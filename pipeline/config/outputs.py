@@ -29,7 +29,7 @@ def output_faults(config: ExportConfig) -> list[Fault]:
     for section, name, path in _outputs(config):
         reason, hint = _why_not(name, path, taken)
         if reason:
-            place = places.value((section, name)) or places.find((section, name))
+            place = places.value((section, name))
             fault = Fault(reason=f"{name}: {reason}", hint=hint, file=str(config.file))
             if place is not None:
                 line = places.line(place.line)

@@ -9,7 +9,7 @@ from typing import Protocol
 from pipeline.errors import FormatError
 from pipeline.flow.items import RangeReader
 from stages.disk.reading import CachedReader, Window
-from stages.disk.signatures import Signature, identify
+from stages.disk.signatures import FAMILIES, Signature, identify
 from stages.disk.usage import Refusal, UsedMap
 
 
@@ -20,17 +20,7 @@ class Mapper(Protocol):
 
 
 # Kind: the module of this folder that maps it, by its map_MODULE. It is imported when the first is met.
-_MAPPERS = {
-    "btrfs": "btrfs",
-    "ext2": "ext",
-    "ext3": "ext",
-    "ext4": "ext",
-    "fat12": "fat",
-    "fat16": "fat",
-    "fat32": "fat",
-    "swap": "swap",
-    "xfs": "xfs",
-}
+_MAPPERS = {**FAMILIES, "swap": "swap"}
 
 _WHY_WHOLE = {
     "unknown": "what it holds is not known",

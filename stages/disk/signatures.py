@@ -52,6 +52,19 @@ class Signature:
     others: tuple[str, ...] = ()
 
 
+# Filesystems whose blocks and files are read here, by kind: what tells which module reads them.
+FAMILIES = {
+    "btrfs": "btrfs",
+    "ext2": "ext",
+    "ext3": "ext",
+    "ext4": "ext",
+    "fat12": "fat",
+    "fat16": "fat",
+    "fat32": "fat",
+    "xfs": "xfs",
+}
+
+
 async def identify(reader: RangeReader, offset: int, length: int) -> Signature:
     """Recognise what [offset, offset + length) of a disk holds. Reads about 200 KiB.
 

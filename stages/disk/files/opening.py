@@ -1,4 +1,4 @@
-"""Open whatever filesystem a stretch of a disk holds. A new reader is one line here."""
+"""Open whatever filesystem a stretch of a disk holds: each family by the open_FAMILY of its module in this folder."""
 
 from __future__ import annotations
 
@@ -7,24 +7,12 @@ from importlib import import_module
 
 from pipeline.errors import FormatError
 from pipeline.flow.items import RangeReader
-from stages.disk.signatures import Signature, identify
+from stages.disk.signatures import FAMILIES, Signature, identify
 from stages.disk.tree import FileTree
 
 Opener = Callable[[RangeReader, Signature], Awaitable[FileTree]]
 
-# Kind: the module of this folder that reads it, by its open_MODULE. It is imported when the first is met.
-_READERS = {
-    "btrfs": "btrfs",
-    "ext2": "ext",
-    "ext3": "ext",
-    "ext4": "ext",
-    "fat12": "fat",
-    "fat16": "fat",
-    "fat32": "fat",
-    "xfs": "xfs",
-}
-
-KINDS = tuple(_READERS)
+KINDS = tuple(FAMILIES)
 
 
 async def open_tree(reader: RangeReader, signature: Signature | None = None) -> FileTree:
@@ -37,8 +25,9 @@ async def open_tree(reader: RangeReader, signature: Signature | None = None) -> 
         StoreError: it can't be read.
     """
     found = signature or await identify(reader, 0, reader.size)
-    name = _READERS.get(found.kind)
+    name = FAMILIES.get(found.kind)
     if name is None:
         raise FormatError(f"files of {found.kind} can't be read here", kind=found.kind)
+    # Imported when the first is met: a disk holds one or two of them.
     opener: Opener = getattr(import_module(f"stages.disk.files.{name}"), f"open_{name}")
     return await opener(reader, found)
