@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import stat
+import tomllib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +25,18 @@ def output_faults(config: ExportConfig) -> list[Fault]:
     Such a file is written whole, under its name, at the end of a run: the source, the stored image or its manifest
     would be gone, after the image was found identical.
     """
-    places = locate(config.text)
+    places, written = locate(config.text), tomllib.loads(config.text)
     taken = list(_taken(config))
     faults = []
     for section, name, path in _outputs(config):
         reason, hint = _why_not(name, path, taken)
         if reason:
+            fault = Fault(reason=f"{name}: {reason}", hint=hint, file="--set")
             place = places.value((section, name))
-            fault = Fault(reason=f"{name}: {reason}", hint=hint, file=str(config.file))
-            if place is not None:
-                line = places.line(place.line)
-                fault = dataclasses.replace(fault, line=place.line, column=place.column, width=place.width, text=line)
+            if place is not None and written.get(section, {}).get(name) == str(path):
+                line, column, width = place.line, place.column, place.width
+                text = places.line(line)
+                fault = replace(fault, file=str(config.file), line=line, column=column, width=width, text=text)
             faults.append(fault)
         taken.append((f"also {name} in [{section}]", path))
     return faults

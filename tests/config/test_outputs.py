@@ -78,3 +78,11 @@ def test_the_place_in_the_file_is_told(toml: Path) -> None:
     [fault] = caught.value.faults
     assert fault.text == f'report = "{disk}"'
     assert fault.column == len("report = ") + 1
+
+
+def test_an_override_is_not_told_at_the_line_that_it_overrides(toml: Path) -> None:
+    toml.write_text(toml.read_text() + '\n[observe]\nreport = "good.html"\n')
+    with pytest.raises(ConfigError) as caught:
+        load_chain(toml, CATALOG, [f"observe.report={toml.with_name('disk.prom')}"])
+    [fault] = caught.value.faults
+    assert (fault.file, fault.line) == ("--set", 0)
