@@ -197,6 +197,25 @@ async def test_what_nobody_knows_of_is_not_read(target: Target) -> None:
         assert await client.state(client.where.path) is None
 
 
+async def test_no_empty_packets_are_sent_ahead_of_the_others(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what guards ciphers in CBC mode would need them (SSH_MSG_IGNORE is 2)."""
+    kinds: list[int] = []
+    send = asyncssh.SSHClientConnection.send_packet
+
+    def counted(self: asyncssh.SSHClientConnection, kind: int, *args: bytes, **named: object) -> None:
+        kinds.append(kind)
+        send(self, kind, *args, **named)  # type: ignore[arg-type]  # as it came
+
+    monkeypatch.setattr(asyncssh.SSHClientConnection, "send_packet", counted)
+    login = Login(identity_files=(target.server.identity,), known_hosts=target.known_hosts)
+    async with connected(target.url, login) as client:
+        for _ in range(3):
+            await client.state(".")
+    opened = kinds.index(90)  # SSH_MSG_CHANNEL_OPEN: from here on it is ours
+    assert len(kinds) > opened + 3
+    assert 2 not in kinds[opened:]
+
+
 async def test_bytes_go_out_at_the_limit(target: Target) -> None:
     image = mixed(8 * MiB, zeros=False)
     async with target.planned(image, rate_limit=MiB) as writer:
